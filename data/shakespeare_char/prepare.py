@@ -1,0 +1,146 @@
+"""
+Text -> train.bin, val.bin (uint16 character ids, first 90 % / last 10 %) and meta.json (the characters; id = place).
+
+    python data/shakespeare_char/prepare.py                                      # Tiny Shakespeare
+    python data/shakespeare_char/prepare.py --input=my.txt --out_dir=data/mine   # any UTF-8 text of your own
+    python train.py --dataset=mine                                               # ... and train on it
+
+Without flags the text is the input.txt beside this script; if there is none, Tiny Shakespeare is downloaded there.
+Characters are Unicode code points, kept exactly as they stand in the file (line ends too).
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import requests
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+URLS = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
+)
+SIZE = 1_115_394
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def write_atomically(path, data):
+    """Write bytes to a temporary file beside path and rename it: path is never half-written."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with open(tmp, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def fetch(url):
+    """-> the bytes at url. ValueError if they are not Tiny Shakespeare, requests.RequestException if unreachable."""
+    data = bytearray()
+    with requests.get(url, stream=True, timeout=15) as response:
+        response.raise_for_status()
+        with tqdm(total=SIZE, unit="B", unit_scale=True, desc="input.txt") as bar:
+            for chunk in response.iter_content(chunk_size=1 << 16):
+                data += chunk
+                bar.update(len(chunk))
+                if len(data) > SIZE:
+                    break
+    if len(data) != SIZE or hashlib.sha256(data).hexdigest() != SHA256:
+        raise ValueError(f"{len(data):,} bytes that are not Tiny Shakespeare")
+    return bytes(data)
+
+
+def download(path, tries=3):
+    """Tiny Shakespeare -> path, from the first of URLS that has it. ConnectionError if none does."""
+    failures = []
+    for url in URLS:
+        for attempt in range(tries):
+            try:
+                return write_atomically(path, fetch(url))
+            except requests.RequestException as e:
+                failure = f"{type(e).__name__} from {url}"
+            except ValueError as e:
+                failure = f"{e} from {url}"
+            time.sleep(attempt)
+        failures.append(failure)
+    raise ConnectionError(f"could not download Tiny Shakespeare ({'; '.join(failures)}). Without a network: "
+                          f"save that file as {path} by hand and run this again")
+
+
+def encode(text):
+    """-> (ids, chars): uint16 ids (len(text),), and the sorted different characters as one string. One table look-up
+    over the code points: 100 MB in seconds. ValueError if uint16 can't hold the ids and, later, one more for [MASK]."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)  # (len(text),)
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    seen[codes] = True
+    alphabet = np.flatnonzero(seen)                                   # (vocabulary,) sorted code points
+    if len(alphabet) > 65_535:
+        raise ValueError(f"{len(alphabet):,} different characters; at most 65,535 fit the uint16 files")
+    table = np.zeros(sys.maxunicode + 1, dtype=np.uint16)
+    table[alphabet] = np.arange(len(alphabet))
+    return table[codes], "".join(map(chr, alphabet))
+
+
+def prepare(source, out_dir):
+    """The UTF-8 text file source -> three files in out_dir. ValueError for a text that can't be used, before
+    anything is written."""
+    try:
+        text = source.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{source} is not UTF-8: byte {e.object[e.start]:#04x} at offset {e.start:,}. Convert it first") from e
+    if len(text) < 2:
+        raise ValueError(f"{source} is {'empty' if not text else 'too short to split'}")
+    try:
+        ids, chars = encode(text)
+    except ValueError as e:
+        raise ValueError(f"{source} has {e}") from e
+    n = int(len(ids) * 0.9)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(out_dir / "train.bin", ids[:n].astype("<u2").tobytes())
+    write_atomically(out_dir / "val.bin", ids[n:].astype("<u2").tobytes())
+    write_atomically(out_dir / "meta.json", json.dumps({"chars": list(chars)}, ensure_ascii=False).encode("utf-8"))
+    print(f"length of dataset in characters: {len(ids):,}")
+    print("all the unique characters:", chars if len(chars) <= 200 else chars[:200] + " ...")
+    print(f"vocab size: {len(chars):,}")
+    print(f"train has {n:,} tokens")
+    print(f"val has {len(ids) - n:,} tokens")
+    print(f"wrote train.bin, val.bin and meta.json to {out_dir}")
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail  # one line, without the usage
+    parser.add_argument("--input", type=Path, help="a UTF-8 text of your own; needs --out_dir")
+    parser.add_argument("--out_dir", type=Path, help="folder for the three files (default: the one of this script)")
+    args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show a character must not stop us
+    if args.input and not args.out_dir:
+        fail("--input needs --out_dir: say where the files of your own text go")
+    source = args.input or HERE / "input.txt"
+    try:
+        if args.input is None and not source.exists():
+            download(source)
+        prepare(source, args.out_dir or HERE)
+    except (OSError, ValueError) as e:
+        fail(e)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

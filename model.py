@@ -1,0 +1,265 @@
+"""
+The mask predictor: a GPT-2 that looks both ways, the checkpoint file it lives in, and the device and dtype it runs on.
+
+    from model import GPT, GPTConfig, load_checkpoint
+    model, chars, info = load_checkpoint("pretrained_gpt_last.pt")
+    logits = model(idx)    # (B, T) ids, some of them model.config.mask_id -> (B, T, vocab_size)
+
+What turns a GPT into a diffusion language model's mask predictor is what is missing here: the causal mask. Every
+position sees every other, so a character can be predicted from both sides. Nor is there a time embedding: the
+number of [MASK]s in the input tells the time, and the best answer does not depend on anything else
+(RADD, arXiv 2406.03736, theorem 1).
+"""
+
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256   # longest sequence, in characters
+    vocab_size: int = 66    # the characters and, as the last id, [MASK]
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.0
+    bias: bool = False      # biases in the Linears and LayerNorms, like GPT-2; False is a little faster and as good
+    rope: bool = True       # rotary positions; False: GPT-2's learned absolute positions, which start to learn late
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
+        if self.rope and self.n_embd // self.n_head % 2:
+            raise ValueError(f"rotary positions need heads of even width, not {self.n_embd // self.n_head}")
+
+    @property
+    def mask_id(self):
+        return self.vocab_size - 1
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34): turn each pair of features by an angle that grows with
+    the position, so that the product of a query and a key depends on their distance. x (B, T, heads, head_dim);
+    cos, sin (T, 1, head_dim/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
+        qk, v = qkv.split([2 * self.n_head, self.n_head], dim=2)
+        if cos is not None:
+            qk = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype))
+        q, k = qk.chunk(2, dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each (B, n_head, T, head_dim)
+        # no is_causal=True: this is the whole difference between a GPT and a mask predictor
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x))  # (B, T, 4 * n_embd)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = SelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attn(self.ln_1(x), cos, sin)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.rope else nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        cos = sin = None
+        if config.rope:
+            head_dim = config.n_embd // config.n_head
+            freqs = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)                # (head_dim/2,)
+            angles = torch.outer(torch.arange(config.block_size).float(), freqs)[:, None]  # (block_size, 1, head_dim/2)
+            cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():  # GPT-2: the 2 * n_layer sums into the residual stream keep its size
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx):
+        """idx (B, T) long, [MASK] where the character is to be predicted -> logits (B, T, vocab_size).
+        The last logit, [MASK]'s own, is never an answer: use logits[..., :mask_id]. T > block_size: ValueError."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} is longer than the model's block_size={self.config.block_size}")
+        x = self.wte(idx)  # (B, T, n_embd)
+        cos = sin = None
+        if self.wpe is None:
+            cos, sin = self.cos[:T], self.sin[:T]
+        else:
+            x = x + self.wpe.weight[:T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.h:
+            x = block(x, cos, sin)
+        return F.linear(self.ln_f(x), self.wte.weight)  # tied head: (B, T, vocab_size)
+
+
+# -----------------------------------------------------------------------------
+# the checkpoint file
+
+def resolve_path(name):
+    """The file a user means by X: exactly X, with .pt added if it has no suffix."""
+    path = Path(name).expanduser()
+    return path if path.suffix else path.with_name(path.name + ".pt")
+
+
+def write_atomically(path, write):
+    """Let write(file) fill a temporary file beside path, flush it to disk, and rename it over path: whenever the
+    process dies, path is either the old file or the new one, whole."""
+    path = Path(os.path.realpath(path))
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, chars, **info):
+    """One self-contained file: weights (in the model's dtype), config, vocabulary (chars[i] is the character of
+    id i) and whatever info says of its origin (plain numbers, strings, lists and dicts). Atomic."""
+    checkpoint = {
+        "config": asdict(model.config),
+        "chars": list(chars),
+        "model": {name: p.detach().cpu() for name, p in model.state_dict().items()},
+        "info": {**info, "torch_version": str(torch.__version__)},
+    }
+    write_atomically(path, lambda f: torch.save(checkpoint, f))
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (model in float32 and eval mode, chars, info). Never runs code from the file. FileNotFoundError,
+    IsADirectoryError, or ValueError for anything that is not a whole checkpoint with finite weights."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # any bytes may stand in the file, and torch.load fails on them in many ways
+        raise ValueError(f"{path} is not a checkpoint, or is damaged or cut short ({type(e).__name__})") from e
+    try:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        chars, weights, info = checkpoint["chars"], checkpoint["model"], checkpoint["info"]
+        if len(set(chars)) != model.config.mask_id or not all(isinstance(c, str) and len(c) == 1 for c in chars):
+            raise ValueError("its vocabulary does not fit its config")
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"{path} is not a checkpoint of this model: {reason}") from e
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"{path} holds weights that are not finite")
+    return model.to(device).eval(), chars, info
+
+
+# -----------------------------------------------------------------------------
+# the device and dtype it runs on
+
+def pick_device(name="auto"):
+    """auto | cpu | cuda | cuda:N | mps -> (torch.device, why). ValueError if this machine has no such device."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
+        return torch.device("cpu"), "found no CUDA device"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and number.isdecimal())):
+        raise ValueError(f"--device={name} is not one of auto, cpu, cuda, cuda:N, mps")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device={name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; try --device=cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device=mps: PyTorch finds no Metal device here; try --device=cpu")
+    return torch.device(name), "as asked" if kind != "mps" else "as asked; unmask was never tested on mps"
+
+
+def pick_dtype(name, device):
+    """auto | float32 | bfloat16 | float16 -> (torch.dtype for autocast, why)."""
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype={name} is not one of auto, float32, bfloat16, float16")
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU computes in it"
+        return torch.float16, "the GPU has no bfloat16"
+    if device.type == "mps":
+        return torch.float32, "the safe choice on mps"
+    # Some CPUs have bfloat16 units and train about twice as fast with them; others emulate them slowly. Ask this one.
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    why = f"a bfloat16 matrix product takes {1 / ratio:.2f}x the time of a float32 one on this CPU"
+    return (torch.bfloat16 if ratio > 1.5 else torch.float32), why
+
+
+def fail(message):
+    """How the scripts end on bad input: one line on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

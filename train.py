@@ -1,0 +1,517 @@
+"""
+The forward process: mask a random share of the text, learn to predict it back.
+
+    python data/shakespeare_char/prepare.py
+    python train.py --save_filename=X                # CPU or CUDA; the defaults fit the device
+    python train.py --save_filename=X --resume       # go on with an interrupted run
+    python train.py --eval_only --init_from=X        # the NELBO of any checkpoint on any prepared data
+    python train.py --save_filename=X --device=cpu --n_layer=2 --n_embd=64 --n_head=1 --max_iters=200   # a toy
+
+Beside X stand X.csv, the loss curve, and until the run is complete X.state, from which --resume continues.
+"""
+
+import argparse
+import copy
+import csv
+import io
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import (GPT, GPTConfig, fail, load_checkpoint, pick_device, pick_dtype, resolve_path, save_checkpoint,
+                   write_atomically)
+
+
+def knob(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    # files
+    save_filename: str = knob("unmask.pt", "X, the checkpoint to write: the best validation NELBO so far (.pt is added to a bare name)")
+    dataset: str = knob("shakespeare_char", "folder of data/ that prepare.py filled")
+    data_dir: str = knob("", "any other folder that prepare.py filled; wins over --dataset")
+    init_from: str = knob("", "checkpoint to start from (its sizes and vocabulary count) or, with --eval_only, to evaluate")
+    eval_only: bool = knob(False, "print the NELBO of --init_from on both splits, whole, and stop")
+    resume: bool = knob(False, "go on with the interrupted run of --save_filename")
+    # device
+    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps (untested)")
+    dtype: str = knob("auto", "auto, float32, bfloat16 or float16: what autocast computes in; the weights stay float32")
+    compile: bool = knob(False, "torch.compile the model")
+    # model
+    block_size: int = knob(256, "window length, in characters")
+    n_layer: int = knob(6, "blocks")
+    n_head: int = knob(4, "attention heads per block; 64 features each is a good width")
+    n_embd: int = knob(256, "width of the residual stream")
+    dropout: float = knob(0.0, "for runs of many epochs, say 0.1 or 0.2; slow on a CPU")
+    bias: bool = knob(False, "biases in Linears and LayerNorms")
+    rope: bool = knob(True, "rotary positions; False: GPT-2's learned positions, to watch the plateau")
+    # optimisation
+    max_iters: int = knob(900, "iterations, of gradient_accumulation_steps * batch_size windows each")
+    batch_size: int = knob(16, "windows per forward pass")
+    gradient_accumulation_steps: int = knob(1, "forward passes per iteration")
+    muon: bool = knob(True, "Muon for the blocks' matrices, AdamW for the rest; False: AdamW for all")
+    muon_lr: float = knob(4e-3, "peak learning rate of Muon")
+    learning_rate: float = knob(3e-3, "peak learning rate of AdamW; with --muon=False 1e-3 is a better one")
+    min_lr_ratio: float = knob(0.05, "where the cosine decay ends, as a share of the peak")
+    warmup_iters: int = knob(50, "iterations of linear warm-up")
+    weight_decay: float = knob(0.1, "on matrices only")
+    beta1: float = knob(0.9, "AdamW")
+    beta2: float = knob(0.99, "AdamW")
+    grad_clip: float = knob(1.0, "clip the gradient to this norm; 0: don't")
+    ema_decay: float = knob(0.999, "moving average of the weights; shorter early in the run; 0: none")
+    seed: int = knob(1337, "weights, batches, masks, dropout")
+    # evaluation
+    eval_interval: int = knob(300, "iterations between evaluations; X and X.state are written then")
+    eval_passes: int = knob(3, "masks per window and evaluation; --eval_only uses at least 8")
+    log_interval: int = knob(10, "iterations between looks at the loss")
+
+    def __post_init__(self):
+        for name, least in (("max_iters", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("eval_interval", 1),
+                            ("eval_passes", 2), ("log_interval", 1), ("warmup_iters", 0), ("seed", 0), ("learning_rate", 0),
+                            ("muon_lr", 0), ("weight_decay", 0), ("grad_clip", 0), ("min_lr_ratio", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
+
+
+# what changes when the device is CUDA: nanoGPT's shakespeare_char sizes
+CUDA_DEFAULTS = dict(n_head=6, n_embd=384, batch_size=64, max_iters=5000, warmup_iters=100, dropout=0.2, eval_interval=500)
+# what may differ between an interrupted run and its --resume
+FREE_ON_RESUME = {"resume", "save_filename", "device", "compile", "dataset", "data_dir", "dtype"}
+
+
+# -----------------------------------------------------------------------------
+# the forward process, its loss, and its measurement
+
+def forward_process(input_ids, mask_id, eps=1e-3, t=None, u=None):
+    """Mask every token independently with probability p_mask = (1 - eps) * t + eps (LLaDA, arXiv 2502.09992, sec. 2.1;
+    eps keeps 1/p_mask finite). input_ids (B, T) clean tokens x_0; t (B,) in [0, 1], drawn uniformly if not given;
+    u (B, T) in [0, 1), the draws that p_mask is compared with.
+    -> noisy_batch x_t, masked_indices, p_mask, each (B, T)."""
+    B, T = input_ids.shape
+    t = torch.rand(B, device=input_ids.device) if t is None else t
+    u = torch.rand(B, T, device=input_ids.device) if u is None else u
+    p_mask = ((1 - eps) * t + eps)[:, None].expand(B, T)
+    masked_indices = u < p_mask
+    noisy_batch = torch.where(masked_indices, mask_id, input_ids)
+    return noisy_batch, masked_indices, p_mask
+
+
+def token_losses(model, noisy_batch, input_ids, mask_id):
+    """Cross-entropy of every token, (B, T). [MASK] is never an answer, so its logit is cut off."""
+    logits = model(noisy_batch)[..., :mask_id].float()  # (B, T, mask_id)
+    return F.cross_entropy(logits.flatten(0, 1), input_ids.flatten(), reduction="none").view(input_ids.shape)
+
+
+def diffusion_loss(model, input_ids, mask_id, eps=1e-3, t=None, u=None):
+    """LLaDA's eq. 3 per token: sum over masked of cross-entropy / p_mask, over B * T; its expectation bounds -log p.
+    A scalar, in nats per character. Arguments as forward_process; model: (B, T) -> (B, T, vocab_size) logits."""
+    noisy_batch, masked_indices, p_mask = forward_process(input_ids, mask_id, eps, t, u)
+    losses = token_losses(model, noisy_batch, input_ids, mask_id)
+    return (losses * masked_indices / p_mask).sum() / input_ids.numel()
+
+
+@torch.no_grad()
+def estimate_nelbo(model, data, passes=8, batch_size=64, seed=0, autocast=nullcontext()):
+    """The bound, measured with little noise (LLaDA eq. 14; arXiv 2409.02908 eq. 7): mask exactly n of a window's L
+    characters, n uniform on 1..L, and take the mean cross-entropy of those n. Its expectation is the NELBO per
+    character. A pass covers all windows of model.config.block_size once, with n spread evenly over 1..L; the last,
+    shorter window is left out. data (N,) ids; the same seed gives every model the same masks. model: a GPT, or any
+    module with a config. -> (mean over the passes, at least 2, and its standard error), in nats per character."""
+    L, mask_id = model.config.block_size, model.config.mask_id
+    device = next(model.parameters()).device
+    W = len(data) // L
+    g = torch.Generator().manual_seed(seed)
+    means = []
+    for _ in tqdm(range(passes), desc="evaluating", leave=False):
+        share = (torch.randperm(W, generator=g) + torch.rand(W, generator=g, dtype=torch.float64)) / W  # (W,) in [0, 1)
+        n = (share * L).long() + 1                                                                    # (W,) in 1..L
+        masked_indices = torch.rand(W, L, generator=g).argsort(dim=1).argsort(dim=1) < n[:, None]     # (W, L)
+        total = 0.0
+        for w in torch.arange(W).split(batch_size):
+            input_ids = gather(data, w * L, L, device)
+            mask = masked_indices[w].to(device)
+            with autocast:
+                losses = token_losses(model, torch.where(mask, mask_id, input_ids), input_ids, mask_id)
+            total += ((losses * mask).sum(dim=1).cpu().double() / n[w]).sum().item()
+        means.append(total / W)
+    return float(np.mean(means)), float(np.std(means, ddof=1) / math.sqrt(passes))
+
+
+# -----------------------------------------------------------------------------
+# data
+
+def load_data(cfg, chars=None):
+    """-> (train, val, chars): both splits as (N,) tensors over the .bin files (uint16 bits in int16, see gather), and
+    the vocabulary. With chars, a model's vocabulary, the ids are translated to it. ValueError or FileNotFoundError
+    for anything that can't be trained on."""
+    folder = Path(cfg.data_dir) if cfg.data_dir else Path(__file__).resolve().parent / "data" / cfg.dataset
+    for name in ("meta.json", "train.bin", "val.bin"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"there is no {name} in {folder}; write it with data/shakespeare_char/prepare.py")
+    try:
+        data_chars = list(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["chars"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'meta.json'} is damaged; run prepare.py again") from None
+    splits = []
+    for path in (folder / "train.bin", folder / "val.bin"):
+        size = path.stat().st_size
+        if size % 2:
+            raise ValueError(f"{path} has an odd number of bytes ({size}), so it is not uint16 ids; run prepare.py again")
+        if size // 2 < cfg.block_size:
+            raise ValueError(f"{path} has {size // 2} characters, fewer than one window of --block_size={cfg.block_size}")
+        ids = np.memmap(path, dtype="<u2", mode="c")
+        if ids.max() >= len(data_chars):
+            raise ValueError(f"{path} has id {ids.max()}, beyond the {len(data_chars)} characters of meta.json; run prepare.py again")
+        if chars is not None and data_chars != chars:
+            unknown = sorted(set(data_chars) - set(chars))
+            if unknown:
+                raise ValueError(f"{folder} has characters that the model does not know: {''.join(unknown[:20])!r}")
+            id_of = {c: i for i, c in enumerate(chars)}
+            ids = np.array([id_of[c] for c in data_chars], dtype="<u2")[ids]
+        splits.append(torch.from_numpy(ids.view(np.int16)))
+    return *splits, chars or data_chars
+
+
+def gather(data, starts, length, device):
+    """The windows of data that begin at starts (B,) -> (B, length) long ids on device."""
+    idx = starts[:, None] + torch.arange(length)                             # (B, length)
+    return (data[idx.to(data.device)].long() & 0xFFFF).to(device)            # undo the sign of the int16
+
+
+def get_batch(data, cfg, iteration, device):
+    """The global batch of an iteration: input_ids (B, T), and the draws t (B,) and u (B, T) that mask it. All of it
+    comes from (seed, iteration) alone, so that it does not matter how often the run was interrupted."""
+    batch_seed, dropout_seed = np.random.SeedSequence((cfg.seed, iteration)).generate_state(2)
+    torch.manual_seed(int(dropout_seed))
+    g = torch.Generator().manual_seed(int(batch_seed))
+    B, T = cfg.batch_size * cfg.gradient_accumulation_steps, cfg.block_size
+    if torch.rand((), generator=g) < 0.01:                                   # LLaDA: some batches of a random length
+        T = int(torch.randint(1, T + 1, (), generator=g))
+    starts = torch.randint(len(data) - T + 1, (B,), generator=g)
+    t = (torch.randperm(B, generator=g) + torch.rand(B, generator=g)) / B    # stratified (MDLM): covers [0, 1] evenly
+    u = torch.rand(B, T, generator=g)
+    return gather(data, starts, T, device), t.to(device), u.to(device)
+
+
+# -----------------------------------------------------------------------------
+# optimisation
+
+def make_optimizers(model, cfg):
+    """Muon (a momentum step with its singular values set to one) for the blocks' matrices, AdamW for the rest."""
+    device = next(model.parameters()).device
+    blocks = [p for p in model.h.parameters() if p.ndim == 2]
+    embeddings = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("h.")]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [dict(params=embeddings + ([] if cfg.muon else blocks), weight_decay=cfg.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type != "mps")]
+    if cfg.muon:
+        optimizers.append(torch.optim.Muon(blocks, lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_scale(iteration, cfg):
+    """Linear warm-up to 1, then half a cosine down to min_lr_ratio at max_iters."""
+    if iteration < cfg.warmup_iters:
+        return (iteration + 1) / (cfg.warmup_iters + 1)
+    progress = (iteration - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+def keep_old(X):
+    """Copy what an earlier run left at X to a free backup name; returns that name, or None if X is free."""
+    old = [path for path in (X, Path(f"{X}.csv"), Path(f"{X}.state")) if path.exists()]
+    if not old:
+        return None
+    n = 1
+    while (backup := X.with_name(f"{X.stem}_backup{n}{X.suffix}")).exists():
+        n += 1
+    for path in old:
+        write_atomically(backup.with_name(path.name.replace(X.name, backup.name)), lambda f: f.write(path.read_bytes()))
+        if path != X:  # X itself is replaced in one step by the first new file
+            path.unlink()
+    return backup
+
+
+def load_state(path, given):
+    """-> the training state at path and its config, with what may change on --resume taken from the command line."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        cfg = TrainConfig(**state["cfg"])
+    except OSError:
+        raise
+    except Exception as e:  # as in load_checkpoint: any bytes may stand in the file
+        raise ValueError(f"{path} is damaged ({type(e).__name__}); remove it to start afresh") from e
+    for name, value in given.items():
+        if name in FREE_ON_RESUME:
+            setattr(cfg, name, value)
+        elif value != getattr(cfg, name):
+            raise ValueError(f"--{name}={value} is not what the interrupted run had ({getattr(cfg, name)}); leave it "
+                             "out to go on, or leave out --resume to start afresh")
+    return state, cfg
+
+
+def show_nelbo(name, nats, se):
+    ln2 = math.log(2)
+    return f"{name} NELBO {nats:.4f} +- {se:.4f} nats/char ({nats / ln2:.4f} +- {se / ln2:.4f} bits)"
+
+
+def evaluate_checkpoint(cfg):
+    if not cfg.init_from:
+        raise ValueError("--eval_only needs --init_from=X, the checkpoint to evaluate")
+    device, why = pick_device(cfg.device)
+    model, chars, info = load_checkpoint(resolve_path(cfg.init_from), device)
+    cfg.block_size = model.config.block_size
+    train_data, val_data, _ = load_data(cfg, chars)
+    dtype, why_dtype = pick_dtype(cfg.dtype, device)
+    passes = max(8, cfg.eval_passes)
+    print(f"device: {device} ({why}), dtype: {str(dtype).removeprefix('torch.')} ({why_dtype})")
+    print(f"{resolve_path(cfg.init_from)}: iteration {info.get('iteration')}, {passes} passes over whole windows of {cfg.block_size}")
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    for name, data in (("val  ", val_data), ("train", train_data)):
+        print(show_nelbo(name, *estimate_nelbo(model, data, passes, autocast=autocast)), flush=True)
+
+
+def train(cfg, given):
+    """Train as cfg says; given holds the knobs that the user set. -> exit status."""
+    X = resolve_path(cfg.save_filename)
+    state_path, curve_path = Path(f"{X}.state"), Path(f"{X}.csv")
+    if X.is_dir():
+        raise IsADirectoryError(f"--save_filename={X} is a folder")
+    X.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(f"{X}.probe", lambda f: None)  # an unwritable folder must show now, not at the first evaluation
+    Path(f"{X}.probe").unlink()
+
+    state = None
+    if state_path.exists() and cfg.resume:
+        state, cfg = load_state(state_path, given)
+    elif state_path.exists():
+        print(f"found an interrupted run of {X}: --resume would continue it. This run starts afresh")
+    elif cfg.resume and X.exists() and load_checkpoint(X)[2].get("complete"):
+        print(f"{X} is complete: nothing to resume. Train on from it with --init_from={X}")
+        return 0
+    elif cfg.resume:
+        print(f"no interrupted run of {X} to resume: starting afresh")
+
+    device, why_device = pick_device(cfg.device)
+    if state:
+        dtype, why_dtype = getattr(torch, state["dtype"]), "as the interrupted run"
+    else:
+        dtype, why_dtype = pick_dtype(cfg.dtype, device)
+    why_sizes = "as the interrupted run" if state else f"the defaults for {device.type} where not given"
+    torch.manual_seed(cfg.seed)
+    chars = None
+    if cfg.init_from:
+        model, chars, _ = load_checkpoint(resolve_path(cfg.init_from))
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "bias", "rope"):
+            if name in given and given[name] != getattr(model.config, name):
+                raise ValueError(f"--{name}={given[name]} is not what {cfg.init_from} has ({getattr(model.config, name)})")
+            setattr(cfg, name, getattr(model.config, name))
+        why_sizes = f"those of {cfg.init_from}"
+    train_data, val_data, chars = load_data(cfg, chars)
+    config = GPTConfig(block_size=cfg.block_size, vocab_size=len(chars) + 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                       n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias, rope=cfg.rope)
+    weights = model.state_dict() if cfg.init_from else None
+    model = GPT(config)
+    if weights:
+        model.load_state_dict(weights)
+    model.to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # what is evaluated, saved and sampled
+    optimizers = make_optimizers(model, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    mask_id = config.mask_id
+    iteration, minutes, rows, losses = 0, 0.0, [], []
+    if state:
+        if state["chars"] != chars:
+            raise ValueError("the prepared data has other characters than the interrupted run; prepare its own data again")
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(optimizer_state)
+        scaler.load_state_dict(state["scaler"])
+        iteration, minutes, rows, losses = state["iteration"], state["minutes"], state["rows"], state["losses"]
+
+    dtype_name = str(dtype).removeprefix("torch.")
+    windows = cfg.gradient_accumulation_steps * cfg.batch_size
+    chars_per_iter = windows * cfg.block_size
+    print(f"device: {device} ({why_device})")
+    print(f"dtype: {dtype_name} ({why_dtype})")
+    print(f"sizes: {cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, dropout {cfg.dropout} ({why_sizes})")
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    print(f"characters per iteration: {windows} windows x {cfg.block_size} = {chars_per_iter:,}; {cfg.max_iters:,} "
+          f"iterations are {cfg.max_iters * chars_per_iter / len(train_data):.1f} epochs")
+    if state:
+        print(f"resuming {X} at iteration {iteration:,}")
+
+    if device.type != "cpu" and train_data.nbytes < 2**30:  # else each batch is read from the memory map
+        train_data, val_data = train_data.to(device), val_data.to(device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    compiled = torch.compile(model) if cfg.compile else model
+    started = time.perf_counter() - 60 * minutes
+    owned = state is not None  # whether the files at X are this run's own
+
+    def own():
+        nonlocal owned
+        if not owned and (backup := keep_old(X)):
+            bar.write(f"what stood at {X} is now {backup}")
+        owned = True
+
+    def provenance(**info):
+        return dict(iteration=iteration, minutes=(time.perf_counter() - started) / 60, device=str(device), dtype=dtype_name,
+                    dataset=cfg.dataset, hyperparameters=asdict(cfg), command=" ".join(["python train.py", *sys.argv[1:]]), **info)
+
+    def save_state():
+        own()
+        state = dict(cfg=asdict(cfg), dtype=dtype_name, chars=chars, model=model.state_dict(), ema=ema.state_dict(),
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
+                     iteration=iteration, minutes=(time.perf_counter() - started) / 60, rows=rows, losses=losses)
+        write_atomically(state_path, lambda f: torch.save(state, f))
+
+    def evaluate():
+        nelbo = {}
+        for split, data in (("train", train_data[:len(val_data)]), ("val", val_data)):
+            nelbo[split], nelbo[split + "_se"] = estimate_nelbo(ema, data, cfg.eval_passes, autocast=autocast)
+        row = dict(iteration=iteration, minutes=round((time.perf_counter() - started) / 60, 3), loss=float(np.mean(losses)),
+                   **nelbo, train_bits=nelbo["train"] / math.log(2), val_bits=nelbo["val"] / math.log(2))
+        bar.write(f"iteration {iteration}: " + "; ".join(show_nelbo(s, nelbo[s], nelbo[s + "_se"]) for s in ("train", "val")))
+        own()
+        if all(row["val"] < old["val"] for old in rows):
+            save_checkpoint(X, ema, chars, **provenance(nelbo=nelbo))
+        rows.append(row)
+        losses.clear()
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, row)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(curve_path, lambda f: f.write(text.getvalue().encode()))
+
+    stop = False
+
+    def on_sigint(*_):
+        nonlocal stop
+        stop = True
+        signal.signal(signal.SIGINT, default_sigint)  # a second Ctrl-C does not wait
+        bar.write("Ctrl-C: stopping after this iteration")
+
+    bar = tqdm(total=cfg.max_iters * chars_per_iter, initial=iteration * chars_per_iter, unit="char", unit_scale=True,
+               mininterval=1 if sys.stderr.isatty() else 30)
+    default_sigint = signal.signal(signal.SIGINT, on_sigint)
+    try:
+        while iteration < cfg.max_iters:
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * lr_scale(iteration, cfg)
+            input_ids, t, u = get_batch(train_data, cfg, iteration, device)
+            net = compiled if input_ids.shape[1] == cfg.block_size else model  # no compilation for a rare length
+            steps = cfg.gradient_accumulation_steps
+            loss = 0.0
+            for i in range(steps):
+                with autocast:
+                    micro_loss = diffusion_loss(net, input_ids[i::steps], mask_id, t=t[i::steps], u=u[i::steps]) / steps
+                scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            if cfg.grad_clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            decay = min(cfg.ema_decay, (1 + iteration) / (10 + iteration))  # a short horizon while there is little to average
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            losses.append(loss)
+            iteration += 1
+            bar.update(chars_per_iter)
+
+            due = iteration % cfg.eval_interval == 0 or iteration == cfg.max_iters
+            if due or stop or iteration % cfg.log_interval == 0:
+                losses = [float(x) for x in losses]  # the only synchronisation with the device
+                if not math.isfinite(losses[-1]):
+                    bar.close()
+                    kept = f"{X} keeps iteration {min(rows, key=lambda r: r['val'])['iteration']}" if rows else "nothing was written"
+                    print(f"error: the loss is {losses[-1]} at iteration {iteration}; {kept}. Try a lower learning rate", file=sys.stderr)
+                    return 1
+                bar.set_postfix(loss=f"{np.mean(losses[-cfg.log_interval:]):.3f}", refresh=False)
+            if due:
+                evaluate()
+                save_state()
+            elif stop:
+                save_state()
+                if not rows:
+                    save_checkpoint(X, ema, chars, **provenance())
+            if stop and iteration < cfg.max_iters:
+                bar.close()
+                print(f"interrupted at iteration {iteration:,}. Go on with the same command and --resume; "
+                      f"{X} holds the best so far, if you want to sample from it")
+                return 130
+    finally:
+        signal.signal(signal.SIGINT, default_sigint)
+        bar.close()
+    best, _, info = load_checkpoint(X)
+    save_checkpoint(X, best, chars, **{**info, "complete": True})
+    state_path.unlink()
+    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes. {X} holds iteration {info['iteration']:,}, "
+          f"val NELBO {info['nelbo']['val']:.4f} nats/char; {curve_path} the curve. Write text: python main.py --path={X}")
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+def parse_bool(text):
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+def parse_args(argv=None):
+    """-> (TrainConfig, the knobs that were given). Every field is a flag: --key=value, --key value, and --key alone
+    for a switch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = fail  # one line, without the usage
+    for f in fields(TrainConfig):
+        default = f"{f.default}" + (f"; on CUDA {CUDA_DEFAULTS[f.name]}" if f.name in CUDA_DEFAULTS else "")
+        switch = dict(nargs="?", const=True, type=parse_bool) if f.type is bool else dict(type=f.type)
+        parser.add_argument(f"--{f.name}", **switch, metavar=f.type.__name__, help=f"{f.metadata['help']} (default: {default})")
+    given = vars(parser.parse_args(argv))
+    cuda = pick_device(given.get("device", "auto"))[0].type == "cuda"
+    return TrainConfig(**{**(CUDA_DEFAULTS if cuda else {}), **given}), given
+
+
+def main():
+    try:
+        cfg, given = parse_args()
+        sys.exit(evaluate_checkpoint(cfg) if cfg.eval_only else train(cfg, given))
+    except torch.OutOfMemoryError:
+        fail("the device is out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps")
+    except (OSError, ValueError) as e:
+        fail(e)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
