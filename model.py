@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -185,20 +186,25 @@ def save_checkpoint(path, model, chars, **info):
     write_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
-def load_checkpoint(path, device="cpu"):
-    """-> (model in float32 and eval mode, chars, info). Never runs code from the file. FileNotFoundError,
-    IsADirectoryError, or ValueError for anything that is not a whole checkpoint with finite weights."""
-    path = Path(path)
-    if path.is_dir():
+def read_file(path):
+    """-> what torch.save wrote to path, on the CPU. Never runs code from the file. OSError if it can't be opened,
+    ValueError if it is damaged."""
+    if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
-    if not path.exists():
+    if not Path(path).exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:  # any bytes may stand in the file, and torch.load fails on them in many ways
-        raise ValueError(f"{path} is not a checkpoint, or is damaged or cut short ({type(e).__name__})") from e
+    with open(path, "rb") as f, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PyTorch warns of in a foreign file ends in the one error below
+        try:
+            return torch.load(f, map_location="cpu", weights_only=True)
+        except Exception as e:  # any bytes may stand in the file, and torch.load fails on them in many ways
+            raise ValueError(f"{path} is not a checkpoint, or is damaged or cut short ({type(e).__name__})") from e
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (model in float32 and eval mode, chars, info). Never runs code from the file. OSError if it can't be opened,
+    ValueError for anything that is not a whole checkpoint with finite weights."""
+    checkpoint = read_file(path)
     try:
         model = GPT(GPTConfig(**checkpoint["config"]))
         chars, weights, info = checkpoint["chars"], checkpoint["model"], checkpoint["info"]
@@ -226,7 +232,8 @@ def pick_device(name="auto"):
     if kind not in ("cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and number.isdecimal())):
         raise ValueError(f"--device={name} is not one of auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device={name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; try --device=cpu")
+        count = torch.cuda.device_count()
+        raise ValueError(f"--device={name}: PyTorch finds {count} CUDA devices here; try --device=cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device=mps: PyTorch finds no Metal device here; try --device=cpu")
     return torch.device(name), "as asked" if kind != "mps" else "as asked; unmask was never tested on mps"

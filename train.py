@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (GPT, GPTConfig, fail, load_checkpoint, pick_device, pick_dtype, resolve_path, save_checkpoint,
-                   write_atomically)
+from model import GPT, GPTConfig, fail, load_checkpoint, pick_device, pick_dtype, read_file, resolve_path
+from model import save_checkpoint, write_atomically
 
 
 def knob(default, help):
@@ -39,10 +39,10 @@ def knob(default, help):
 @dataclass
 class TrainConfig:
     # files
-    save_filename: str = knob("unmask.pt", "X, the checkpoint to write: the best validation NELBO so far (.pt is added to a bare name)")
+    save_filename: str = knob("unmask.pt", "X, the checkpoint to write, best validation NELBO; a bare name gets .pt")
     dataset: str = knob("shakespeare_char", "folder of data/ that prepare.py filled")
     data_dir: str = knob("", "any other folder that prepare.py filled; wins over --dataset")
-    init_from: str = knob("", "checkpoint to start from (its sizes and vocabulary count) or, with --eval_only, to evaluate")
+    init_from: str = knob("", "checkpoint to start from (its sizes count) or, with --eval_only, to evaluate")
     eval_only: bool = knob(False, "print the NELBO of --init_from on both splits, whole, and stop")
     resume: bool = knob(False, "go on with the interrupted run of --save_filename")
     # device
@@ -79,17 +79,18 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, least in (("max_iters", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("eval_interval", 1),
-                            ("eval_passes", 2), ("log_interval", 1), ("warmup_iters", 0), ("seed", 0), ("learning_rate", 0),
+                            ("eval_passes", 2), ("log_interval", 1), ("warmup_iters", 0), ("learning_rate", 0),
                             ("muon_lr", 0), ("weight_decay", 0), ("grad_clip", 0), ("min_lr_ratio", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
+        for name, end in (("beta1", 1), ("beta2", 1), ("ema_decay", 1), ("seed", 2**63)):
+            if not 0 <= getattr(self, name) < end:
+                raise ValueError(f"--{name} must be at least 0 and less than {end}, not {getattr(self, name)}")
 
 
 # what changes when the device is CUDA: nanoGPT's shakespeare_char sizes
-CUDA_DEFAULTS = dict(n_head=6, n_embd=384, batch_size=64, max_iters=5000, warmup_iters=100, dropout=0.2, eval_interval=500)
+CUDA_DEFAULTS = dict(n_head=6, n_embd=384, dropout=0.2, batch_size=64, max_iters=5000, warmup_iters=100,
+                     eval_interval=500)
 # what may differ between an interrupted run and its --resume
 FREE_ON_RESUME = {"resume", "save_filename", "device", "compile", "dataset", "data_dir", "dtype"}
 
@@ -171,12 +172,13 @@ def load_data(cfg, chars=None):
     for path in (folder / "train.bin", folder / "val.bin"):
         size = path.stat().st_size
         if size % 2:
-            raise ValueError(f"{path} has an odd number of bytes ({size}), so it is not uint16 ids; run prepare.py again")
+            raise ValueError(f"{path} has an odd number of bytes ({size}): not uint16 ids; run prepare.py again")
         if size // 2 < cfg.block_size:
-            raise ValueError(f"{path} has {size // 2} characters, fewer than one window of --block_size={cfg.block_size}")
+            raise ValueError(f"{path} has {size // 2} characters, fewer than one --block_size={cfg.block_size}")
         ids = np.memmap(path, dtype="<u2", mode="c")
         if ids.max() >= len(data_chars):
-            raise ValueError(f"{path} has id {ids.max()}, beyond the {len(data_chars)} characters of meta.json; run prepare.py again")
+            raise ValueError(f"{path} has id {ids.max()}, beyond the {len(data_chars)} characters of meta.json; run "
+                             "prepare.py again")
         if chars is not None and data_chars != chars:
             unknown = sorted(set(data_chars) - set(chars))
             if unknown:
@@ -219,7 +221,8 @@ def make_optimizers(model, cfg):
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=embeddings + ([] if cfg.muon else blocks), weight_decay=cfg.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type != "mps")]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                                    fused=device.type != "mps")]
     if cfg.muon:
         optimizers.append(torch.optim.Muon(blocks, lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))
@@ -248,7 +251,8 @@ def keep_old(X):
     while (backup := X.with_name(f"{X.stem}_backup{n}{X.suffix}")).exists():
         n += 1
     for path in old:
-        write_atomically(backup.with_name(path.name.replace(X.name, backup.name)), lambda f: f.write(path.read_bytes()))
+        content = path.read_bytes()
+        write_atomically(backup.with_name(path.name.replace(X.name, backup.name)), lambda f, c=content: f.write(c))
         if path != X:  # X itself is replaced in one step by the first new file
             path.unlink()
     return backup
@@ -256,18 +260,13 @@ def keep_old(X):
 
 def load_state(path, given):
     """-> the training state at path and its config, with what may change on --resume taken from the command line."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        cfg = TrainConfig(**state["cfg"])
-    except OSError:
-        raise
-    except Exception as e:  # as in load_checkpoint: any bytes may stand in the file
-        raise ValueError(f"{path} is damaged ({type(e).__name__}); remove it to start afresh") from e
+    state = read_file(path)
+    cfg = TrainConfig(**state["cfg"])
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             setattr(cfg, name, value)
         elif value != getattr(cfg, name):
-            raise ValueError(f"--{name}={value} is not what the interrupted run had ({getattr(cfg, name)}); leave it "
+            raise ValueError(f"--{name}={value} is not what the interrupted run had ({getattr(cfg, name)}): leave it "
                              "out to go on, or leave out --resume to start afresh")
     return state, cfg
 
@@ -287,7 +286,8 @@ def evaluate_checkpoint(cfg):
     dtype, why_dtype = pick_dtype(cfg.dtype, device)
     passes = max(8, cfg.eval_passes)
     print(f"device: {device} ({why}), dtype: {str(dtype).removeprefix('torch.')} ({why_dtype})")
-    print(f"{resolve_path(cfg.init_from)}: iteration {info.get('iteration')}, {passes} passes over whole windows of {cfg.block_size}")
+    print(f"{resolve_path(cfg.init_from)}: iteration {info.get('iteration')}; {passes} passes over all whole windows of "
+          f"{cfg.block_size} characters")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     for name, data in (("val  ", val_data), ("train", train_data)):
         print(show_nelbo(name, *estimate_nelbo(model, data, passes, autocast=autocast)), flush=True)
@@ -296,7 +296,7 @@ def evaluate_checkpoint(cfg):
 def train(cfg, given):
     """Train as cfg says; given holds the knobs that the user set. -> exit status."""
     X = resolve_path(cfg.save_filename)
-    state_path, curve_path = Path(f"{X}.state"), Path(f"{X}.csv")
+    curve_path, state_path = Path(f"{X}.csv"), Path(f"{X}.state")
     if X.is_dir():
         raise IsADirectoryError(f"--save_filename={X} is a folder")
     X.parent.mkdir(parents=True, exist_ok=True)
@@ -320,22 +320,23 @@ def train(cfg, given):
     else:
         dtype, why_dtype = pick_dtype(cfg.dtype, device)
     why_sizes = "as the interrupted run" if state else f"the defaults for {device.type} where not given"
-    torch.manual_seed(cfg.seed)
-    chars = None
-    if cfg.init_from:
-        model, chars, _ = load_checkpoint(resolve_path(cfg.init_from))
+    chars, start = (state["chars"], state["model"]) if state else (None, None)
+    if cfg.init_from and not state:
+        base, chars, _ = load_checkpoint(resolve_path(cfg.init_from))
+        start = base.state_dict()
         for name in ("block_size", "n_layer", "n_head", "n_embd", "bias", "rope"):
-            if name in given and given[name] != getattr(model.config, name):
-                raise ValueError(f"--{name}={given[name]} is not what {cfg.init_from} has ({getattr(model.config, name)})")
-            setattr(cfg, name, getattr(model.config, name))
+            own = getattr(base.config, name)
+            if given.get(name, own) != own:
+                raise ValueError(f"--{name}={given[name]} is not what {cfg.init_from} has ({own})")
+            setattr(cfg, name, own)
         why_sizes = f"those of {cfg.init_from}"
     train_data, val_data, chars = load_data(cfg, chars)
     config = GPTConfig(block_size=cfg.block_size, vocab_size=len(chars) + 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
                        n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias, rope=cfg.rope)
-    weights = model.state_dict() if cfg.init_from else None
+    torch.manual_seed(cfg.seed)
     model = GPT(config)
-    if weights:
-        model.load_state_dict(weights)
+    if start:
+        model.load_state_dict(start)
     model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # what is evaluated, saved and sampled
     optimizers = make_optimizers(model, cfg)
@@ -343,9 +344,6 @@ def train(cfg, given):
     mask_id = config.mask_id
     iteration, minutes, rows, losses = 0, 0.0, [], []
     if state:
-        if state["chars"] != chars:
-            raise ValueError("the prepared data has other characters than the interrupted run; prepare its own data again")
-        model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(optimizer_state)
@@ -378,8 +376,9 @@ def train(cfg, given):
         owned = True
 
     def provenance(**info):
-        return dict(iteration=iteration, minutes=(time.perf_counter() - started) / 60, device=str(device), dtype=dtype_name,
-                    dataset=cfg.dataset, hyperparameters=asdict(cfg), command=" ".join(["python train.py", *sys.argv[1:]]), **info)
+        return dict(iteration=iteration, minutes=(time.perf_counter() - started) / 60, device=str(device),
+                    dtype=dtype_name, hyperparameters=asdict(cfg),
+                    command=" ".join(["python train.py", *sys.argv[1:]]), **info)
 
     def save_state():
         own()
@@ -392,9 +391,9 @@ def train(cfg, given):
         nelbo = {}
         for split, data in (("train", train_data[:len(val_data)]), ("val", val_data)):
             nelbo[split], nelbo[split + "_se"] = estimate_nelbo(ema, data, cfg.eval_passes, autocast=autocast)
-        row = dict(iteration=iteration, minutes=round((time.perf_counter() - started) / 60, 3), loss=float(np.mean(losses)),
-                   **nelbo, train_bits=nelbo["train"] / math.log(2), val_bits=nelbo["val"] / math.log(2))
-        bar.write(f"iteration {iteration}: " + "; ".join(show_nelbo(s, nelbo[s], nelbo[s + "_se"]) for s in ("train", "val")))
+            bar.write(f"iteration {iteration}: " + show_nelbo(split, nelbo[split], nelbo[split + "_se"]))
+        row = dict(iteration=iteration, minutes=(time.perf_counter() - started) / 60, loss=float(np.mean(losses)), **nelbo,
+                   train_bits=nelbo["train"] / math.log(2), val_bits=nelbo["val"] / math.log(2))
         own()
         if all(row["val"] < old["val"] for old in rows):
             save_checkpoint(X, ema, chars, **provenance(nelbo=nelbo))
@@ -428,9 +427,9 @@ def train(cfg, given):
             loss = 0.0
             for i in range(steps):
                 with autocast:
-                    micro_loss = diffusion_loss(net, input_ids[i::steps], mask_id, t=t[i::steps], u=u[i::steps]) / steps
-                scaler.scale(micro_loss).backward()
-                loss += micro_loss.detach()
+                    part = diffusion_loss(net, input_ids[i::steps], mask_id, t=t[i::steps], u=u[i::steps]) / steps
+                scaler.scale(part).backward()
+                loss += part.detach()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             if cfg.grad_clip:
@@ -439,7 +438,7 @@ def train(cfg, given):
                 scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
-            decay = min(cfg.ema_decay, (1 + iteration) / (10 + iteration))  # a short horizon while there is little to average
+            decay = min(cfg.ema_decay, (1 + iteration) / (10 + iteration))  # a short horizon early in the run
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             losses.append(loss)
             iteration += 1
@@ -450,8 +449,8 @@ def train(cfg, given):
                 losses = [float(x) for x in losses]  # the only synchronisation with the device
                 if not math.isfinite(losses[-1]):
                     bar.close()
-                    kept = f"{X} keeps iteration {min(rows, key=lambda r: r['val'])['iteration']}" if rows else "nothing was written"
-                    print(f"error: the loss is {losses[-1]} at iteration {iteration}; {kept}. Try a lower learning rate", file=sys.stderr)
+                    print(f"error: the loss is {losses[-1]} at iteration {iteration:,}; what was saved before stays. Try a "
+                          "lower learning rate", file=sys.stderr)
                     return 1
                 bar.set_postfix(loss=f"{np.mean(losses[-cfg.log_interval:]):.3f}", refresh=False)
             if due:
@@ -463,8 +462,8 @@ def train(cfg, given):
                     save_checkpoint(X, ema, chars, **provenance())
             if stop and iteration < cfg.max_iters:
                 bar.close()
-                print(f"interrupted at iteration {iteration:,}. Go on with the same command and --resume; "
-                      f"{X} holds the best so far, if you want to sample from it")
+                print(f"interrupted at iteration {iteration:,}. The same command with --resume goes on; {X} holds the best "
+                      "model so far")
                 return 130
     finally:
         signal.signal(signal.SIGINT, default_sigint)
@@ -472,8 +471,8 @@ def train(cfg, given):
     best, _, info = load_checkpoint(X)
     save_checkpoint(X, best, chars, **{**info, "complete": True})
     state_path.unlink()
-    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes. {X} holds iteration {info['iteration']:,}, "
-          f"val NELBO {info['nelbo']['val']:.4f} nats/char; {curve_path} the curve. Write text: python main.py --path={X}")
+    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes. {X} holds iteration {info['iteration']:,}, val NELBO "
+          f"{info['nelbo']['val']:.4f}; {curve_path} the curve. Now: python main.py --path={X}")
     return 0
 
 
@@ -495,7 +494,8 @@ def parse_args(argv=None):
     for f in fields(TrainConfig):
         default = f"{f.default}" + (f"; on CUDA {CUDA_DEFAULTS[f.name]}" if f.name in CUDA_DEFAULTS else "")
         switch = dict(nargs="?", const=True, type=parse_bool) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{f.name}", **switch, metavar=f.type.__name__, help=f"{f.metadata['help']} (default: {default})")
+        parser.add_argument(f"--{f.name}", **switch, metavar=f.type.__name__,
+                            help=f"{f.metadata['help']} (default: {default})")
     given = vars(parser.parse_args(argv))
     cuda = pick_device(given.get("device", "auto"))[0].type == "cuda"
     return TrainConfig(**{**(CUDA_DEFAULTS if cuda else {}), **given}), given

@@ -96,7 +96,8 @@ def prepare(source, out_dir):
     try:
         text = source.read_bytes().decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{source} is not UTF-8: byte {e.object[e.start]:#04x} at offset {e.start:,}. Convert it first") from e
+        byte = f"byte {e.object[e.start]:#04x} at offset {e.start}"
+        raise ValueError(f"{source} is not UTF-8: {byte}. Convert it first") from e
     if len(text) < 2:
         raise ValueError(f"{source} is {'empty' if not text else 'too short to split'}")
     try:

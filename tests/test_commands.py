@@ -1,0 +1,65 @@
+"""The three commands, as a user types them, each in a process of its own in a fresh folder."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from model import load_checkpoint
+
+SMALL = ("--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4")
+
+
+@pytest.fixture
+def clone(tmp_path, text):
+    for name in ("model.py", "train.py", "main.py", "data/shakespeare_char/prepare.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "data/shakespeare_char/input.txt").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device"))])
+def test_the_three_commands(clone, run, device):
+    prepared = run("data/shakespeare_char/prepare.py", cwd=clone)
+    assert prepared.returncode == 0 and prepared.stderr == ""
+    trained = run("train.py", "--save_filename=X", *SMALL, "--max_iters=20", "--eval_interval=10", f"--device={device}", cwd=clone)
+    assert trained.returncode == 0, trained.stderr
+    for words in (f"device: {device}", "dtype: ", "parameters: ", "iteration 20: ", "val NELBO"):
+        assert words in trained.stdout
+    assert sorted(p.name for p in clone.glob("X*")) == ["X.pt", "X.pt.csv"]
+    for path, where in (("X", device), ("X.pt", "cpu")):  # a CUDA checkpoint loads on CPU
+        written = run("main.py", f"--path={path}", f"--device={where}", cwd=clone)
+        assert written.returncode == 0 and len(written.stdout) == 33, written.stderr
+
+
+def test_without_the_flag_the_file_is_unmask_pt(clone, run):
+    run("data/shakespeare_char/prepare.py", cwd=clone)
+    assert run("train.py", *SMALL, "--max_iters=2", cwd=clone).returncode == 0
+    assert sorted(p.name for p in clone.glob("*.pt")) == ["unmask.pt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_a_real_ctrl_c_saves_and_says_how_to_go_on(clone, run):
+    run("data/shakespeare_char/prepare.py", cwd=clone)
+    flags = ["train.py", "--save_filename=X", *SMALL, "--max_iters=1000000", "--eval_interval=20"]
+    process = subprocess.Popen([sys.executable, *flags], cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=None, bufsize=1)
+    for line in process.stdout:
+        if "iteration 20" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in out and "Traceback" not in err
+    assert (clone / "X.pt.state").exists() and load_checkpoint(clone / "X.pt")[2]["iteration"] >= 20
+
+
+def test_not_prepared_says_what_to_run(clone, run):
+    result = run("train.py", "--save_filename=X", *SMALL, cwd=clone)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "prepare.py" in result.stderr
+    assert not list(clone.glob("X*"))

@@ -1,0 +1,234 @@
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from model import (
+    GPT,
+    GPTConfig,
+    load_checkpoint,
+    pick_device,
+    pick_dtype,
+    resolve_path,
+    save_checkpoint,
+    write_atomically,
+)
+
+CHARS = list("abcdefg")
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**dict(block_size=12, vocab_size=8, n_layer=2, n_head=2, n_embd=16), **changes}))
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_every_position_sees_both_sides(rope):
+    model = tiny(rope=rope).eval()
+    for p in model.h.parameters():
+        p.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    idx = torch.zeros(1, 12, dtype=torch.long)
+    for changed in (0, 11):
+        other = idx.clone()
+        other[0, changed] = 1
+        moved = (model(idx) - model(other)).abs().amax(-1)[0]
+        assert (moved > 1e-6).all()
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_order_matters(rope):
+    """Without positions, a bidirectional transformer could not tell abc from cba."""
+    model = tiny(rope=rope).eval()
+    for p in model.h.parameters():
+        p.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    idx = torch.tensor([[0, 1, 2, 7]])
+    assert not torch.allclose(model(idx)[0, -1], model(idx[:, [2, 1, 0, 3]])[0, -1], atol=1e-4)
+
+
+def test_rotary_positions_are_relative():
+    """Shifting all positions changes no attention, so a page of one window can stand anywhere in it."""
+    model = tiny().eval()
+    idx = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(0))
+    expected = model(idx)
+    model.cos, model.sin = model.cos[6:], model.sin[6:]
+    torch.testing.assert_close(model(idx), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_initialisation_is_gpt2s(bias):
+    model = tiny(n_embd=128, n_layer=3, bias=bias)
+    weights = dict(model.named_parameters())
+    assert abs(weights["h.0.mlp.c_fc.weight"].std() - 0.02) < 1e-3
+    for name in ("h.2.mlp.c_proj.weight", "h.1.attn.c_proj.weight"):
+        assert abs(weights[name].std() - 0.02 / math.sqrt(6)) < 1e-3
+    assert any("bias" in name for name in weights) == bias
+    logits = model(torch.randint(8, (4, 12)))
+    assert logits.shape == (4, 12, 8)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(8, (48,)))
+    assert abs(loss - math.log(8)) < 0.2  # no opinion yet
+
+
+def test_dropout_works_in_training_only():
+    model = tiny(dropout=0.5)
+    idx = torch.zeros(1, 12, dtype=torch.long)
+    assert not torch.equal(model(idx), model(idx))
+    for p in model.h.parameters():  # attention and MLP contribute nothing: what is left is the embedding's dropout
+        p.data.zero_()
+    model.ln_f = torch.nn.Identity()
+    assert not torch.equal(model(idx), model(idx))
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+
+
+def test_what_does_not_fit_is_a_value_error():
+    with pytest.raises(ValueError, match="block_size=12"):
+        tiny()(torch.zeros(1, 13, dtype=torch.long))
+    for bad in (dict(n_head=3), dict(n_embd=2), dict(n_layer=0), dict(dropout=1.0)):
+        with pytest.raises(ValueError, match=next(iter(bad)).split("_")[0]):
+            tiny(**{"n_head": 2, **bad})
+
+
+# -----------------------------------------------------------------------------
+# the checkpoint file
+
+def test_round_trip(tmp_path):
+    model = tiny(dropout=0.1, bias=True)
+    save_checkpoint(tmp_path / "m.pt", model, CHARS, iteration=7, nelbo={"val": 1.5})
+    loaded, chars, info = load_checkpoint(tmp_path / "m.pt")
+    assert chars == CHARS and loaded.config == model.config and not loaded.training
+    assert info == {"iteration": 7, "nelbo": {"val": 1.5}, "torch_version": str(torch.__version__)}
+    for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_half_precision_weights_load_in_float32(tmp_path):
+    save_checkpoint(tmp_path / "m.pt", tiny().bfloat16(), CHARS)
+    loaded, _, _ = load_checkpoint(tmp_path / "m.pt")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+def damaged(path, marker):
+    """-> {what it is: a function that makes such a file at path}."""
+    save_checkpoint(path, tiny(), CHARS)
+    good = path.read_bytes()
+    checkpoint = torch.load(path, weights_only=True)
+    first = next(iter(checkpoint["model"]))
+
+    def saved(**changes):
+        return lambda: torch.save({**checkpoint, **changes}, path)
+
+    def weights(value):
+        return saved(model={**checkpoint["model"], first: value})
+    return {
+        "empty": lambda: path.write_bytes(b""),
+        "cut short": lambda: path.write_bytes(good[:len(good) // 2]),
+        "text": lambda: path.write_text("To be, or not to be"),
+        "another object": lambda: torch.save([1, 2], path),
+        "code": lambda: torch.save({**checkpoint, "info": Evil(marker)}, path),
+        "a bare pickle with code": lambda: path.write_bytes(pickle.dumps(Evil(marker))),
+        "other shapes": weights(torch.zeros(3, 3)),
+        "a missing weight": saved(model={}),
+        "not a tensor": weights("zero"),
+        "not finite": weights(torch.full_like(checkpoint["model"][first], torch.nan)),
+        "a vocabulary of another size": saved(chars=CHARS[:-1]),
+        "a vocabulary of words": saved(chars=["word", *CHARS[1:]]),
+        "an impossible config": saved(config={**checkpoint["config"], "n_head": 3}),
+        "a config of words": saved(config={**checkpoint["config"], "n_layer": "two"}),
+        "an unknown config": saved(config={**checkpoint["config"], "moe": 8}),
+    }
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut short", "text", "another object", "code", "a bare pickle with code", "other shapes",
+                                  "a missing weight", "not a tensor", "not finite", "a vocabulary of another size",
+                                  "a vocabulary of words", "an impossible config", "a config of words", "an unknown config"])
+def test_a_bad_checkpoint_is_one_clear_error_and_runs_no_code(kind, tmp_path, sample):
+    path, marker = tmp_path / "m.pt", tmp_path / "marker"
+    damaged(path, marker)[kind]()
+    with pytest.raises(ValueError, match="m.pt") as e:
+        load_checkpoint(path)
+    assert "\n" not in str(e.value)
+    assert not marker.exists()
+    result = sample(f"--path={path}")
+    assert result.code == 2 and result.err.count("\n") == 1 and result.out == ""
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.pt"):
+        load_checkpoint(tmp_path / "gone.pt")
+    with pytest.raises(IsADirectoryError):
+        load_checkpoint(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"good")
+
+    def fails(f):
+        f.write(b"half")
+        raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fails)
+    assert path.read_bytes() == b"good" and os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_kill_during_save_never_breaks_the_file(tmp_path):
+    path = tmp_path / "m.pt"
+    code = ("from model import *\nimport itertools\n"
+            "model = GPT(GPTConfig(n_layer=2, vocab_size=8, n_embd=128, n_head=2))\n"
+            f"for i in itertools.count(): save_checkpoint({str(path)!r}, model, 'abcdefg', iteration=i); print(i, flush=True)")
+    for delay in (0.0, 0.003, 0.007):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(3):
+            process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        assert load_checkpoint(path)[2]["iteration"] >= 2
+
+
+def test_resolve_path():
+    assert resolve_path("a/model") == resolve_path("a/model.pt")
+    assert resolve_path("a/model.ckpt").name == "model.ckpt"
+
+
+# -----------------------------------------------------------------------------
+# the device and dtype
+
+def test_pick_device():
+    assert pick_device("cpu")[0] == torch.device("cpu")
+    assert pick_device("auto")[0].type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for bad in ("gpu", "cpu:1", "cuda:x", "cuda:99", "cuda:", ""):
+        with pytest.raises(ValueError, match="--device"):
+            pick_device(bad)
+
+
+def test_pick_dtype_chooses_the_faster(monkeypatch):
+    assert pick_dtype("float16", torch.device("cpu"))[0] == torch.float16
+    with pytest.raises(ValueError, match="--dtype"):
+        pick_dtype("int8", torch.device("cpu"))
+    for slow, chosen in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        clock = [0.0]
+        real = torch.Tensor.__matmul__
+
+        def slowed(a, b, slow=slow, clock=clock, real=real):
+            clock[0] += 2.0 if a.dtype == slow else 1.0
+            return real(a, b)
+        monkeypatch.setattr(torch.Tensor, "__matmul__", slowed)
+        monkeypatch.setattr(time, "perf_counter", lambda clock=clock: clock[0])
+        assert pick_dtype("auto", torch.device("cpu"))[0] == chosen
+        monkeypatch.undo()
