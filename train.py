@@ -78,21 +78,22 @@ class TrainConfig:
     log_interval: int = knob(10, "iterations between looks at the loss")
 
     def __post_init__(self):
-        for name, least in (("max_iters", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("eval_interval", 1),
-                            ("eval_passes", 2), ("log_interval", 1), ("warmup_iters", 0), ("learning_rate", 0),
-                            ("muon_lr", 0), ("weight_decay", 0), ("grad_clip", 0), ("min_lr_ratio", 0)):
-            if not getattr(self, name) >= least:
+        least = dict(max_iters=1, batch_size=1, gradient_accumulation_steps=1, eval_interval=1, log_interval=1, eval_passes=2,
+                     warmup_iters=0, learning_rate=0, muon_lr=0, min_lr_ratio=0, weight_decay=0, grad_clip=0)
+        for name, least in least.items():
+            if not getattr(self, name) >= least:  # nan is not at least anything
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         for name, end in (("beta1", 1), ("beta2", 1), ("ema_decay", 1), ("seed", 2**63)):
             if not 0 <= getattr(self, name) < end:
                 raise ValueError(f"--{name} must be at least 0 and less than {end}, not {getattr(self, name)}")
 
 
-# what changes when the device is CUDA: nanoGPT's shakespeare_char sizes
+# what else is the default on CUDA
 CUDA_DEFAULTS = dict(n_head=6, n_embd=384, dropout=0.2, batch_size=64, max_iters=5000, warmup_iters=100,
                      eval_interval=500)
+WHY_SIZES = {"cuda": "nanoGPT's shakespeare_char sizes", "cpu": "small enough for 10 minutes on 2 cores"}
 # what may differ between an interrupted run and its --resume
-FREE_ON_RESUME = {"resume", "save_filename", "device", "compile", "dataset", "data_dir", "dtype"}
+FREE_ON_RESUME = {"resume", "save_filename", "device", "compile", "dataset", "data_dir"}
 
 
 # -----------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def estimate_nelbo(model, data, passes=8, batch_size=64, seed=0, autocast=nullco
     W = len(data) // L
     g = torch.Generator().manual_seed(seed)
     means = []
-    for _ in tqdm(range(passes), desc="evaluating", leave=False):
+    for _ in tqdm(range(passes), desc="evaluating", leave=False, disable=None):
         share = (torch.randperm(W, generator=g) + torch.rand(W, generator=g, dtype=torch.float64)) / W  # (W,) in [0, 1)
         n = (share * L).long() + 1                                                                    # (W,) in 1..L
         masked_indices = torch.rand(W, L, generator=g).argsort(dim=1).argsort(dim=1) < n[:, None]     # (W, L)
@@ -299,10 +300,6 @@ def train(cfg, given):
     curve_path, state_path = Path(f"{X}.csv"), Path(f"{X}.state")
     if X.is_dir():
         raise IsADirectoryError(f"--save_filename={X} is a folder")
-    X.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(f"{X}.probe", lambda f: None)  # an unwritable folder must show now, not at the first evaluation
-    Path(f"{X}.probe").unlink()
-
     state = None
     if state_path.exists() and cfg.resume:
         state, cfg = load_state(state_path, given)
@@ -319,7 +316,7 @@ def train(cfg, given):
         dtype, why_dtype = getattr(torch, state["dtype"]), "as the interrupted run"
     else:
         dtype, why_dtype = pick_dtype(cfg.dtype, device)
-    why_sizes = "as the interrupted run" if state else f"the defaults for {device.type} where not given"
+    why_sizes = "as the interrupted run" if state else f"where no flag says otherwise: {WHY_SIZES.get(device.type, 'as on cpu')}"
     chars, start = (state["chars"], state["model"]) if state else (None, None)
     if cfg.init_from and not state:
         base, chars, _ = load_checkpoint(resolve_path(cfg.init_from))
@@ -362,6 +359,12 @@ def train(cfg, given):
     if state:
         print(f"resuming {X} at iteration {iteration:,}")
 
+    try:  # an unwritable folder must show now, not at the first evaluation
+        X.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(f"{X}.probe", lambda f: None)
+        Path(f"{X}.probe").unlink()
+    except OSError as e:
+        raise OSError(f"--save_filename={X} can't be written: {e.strerror}") from e
     if device.type != "cpu" and train_data.nbytes < 2**30:  # else each batch is read from the memory map
         train_data, val_data = train_data.to(device), val_data.to(device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -447,10 +450,10 @@ def train(cfg, given):
             due = iteration % cfg.eval_interval == 0 or iteration == cfg.max_iters
             if due or stop or iteration % cfg.log_interval == 0:
                 losses = [float(x) for x in losses]  # the only synchronisation with the device
-                if not math.isfinite(losses[-1]):
+                if not math.isfinite(losses[-1]) or (due or stop) and not all(p.isfinite().all() for p in ema.parameters()):
                     bar.close()
-                    print(f"error: the loss is {losses[-1]} at iteration {iteration:,}; what was saved before stays. Try a "
-                          "lower learning rate", file=sys.stderr)
+                    print(f"error: at iteration {iteration:,} the loss is {losses[-1]} and the weights are lost; what was saved "
+                          "before stays. Try a lower learning rate", file=sys.stderr)
                     return 1
                 bar.set_postfix(loss=f"{np.mean(losses[-cfg.log_interval:]):.3f}", refresh=False)
             if due:
@@ -462,8 +465,8 @@ def train(cfg, given):
                     save_checkpoint(X, ema, chars, **provenance())
             if stop and iteration < cfg.max_iters:
                 bar.close()
-                print(f"interrupted at iteration {iteration:,}. The same command with --resume goes on; {X} holds the best "
-                      "model so far")
+                print(f"interrupted at iteration {iteration:,}. The same command with --resume goes on; {X} holds the best model "
+                      "so far")
                 return 130
     finally:
         signal.signal(signal.SIGINT, default_sigint)
@@ -479,7 +482,7 @@ def train(cfg, given):
 # -----------------------------------------------------------------------------
 # the command line
 
-def parse_bool(text):
+def boolean(text):
     if text.lower() not in ("true", "false"):
         raise ValueError
     return text.lower() == "true"
@@ -493,7 +496,7 @@ def parse_args(argv=None):
     parser.error = fail  # one line, without the usage
     for f in fields(TrainConfig):
         default = f"{f.default}" + (f"; on CUDA {CUDA_DEFAULTS[f.name]}" if f.name in CUDA_DEFAULTS else "")
-        switch = dict(nargs="?", const=True, type=parse_bool) if f.type is bool else dict(type=f.type)
+        switch = dict(nargs="?", const=True, type=boolean) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{f.name}", **switch, metavar=f.type.__name__,
                             help=f"{f.metadata['help']} (default: {default})")
     given = vars(parser.parse_args(argv))

@@ -174,7 +174,8 @@ def test_values_that_make_no_sense(bad):
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "tiny.pt"
-    save_checkpoint(path, GPT(GPTConfig(block_size=24, vocab_size=28, n_layer=1, n_head=1, n_embd=8)), "abcdefghijklmnopqrstuvwxyz ")
+    model = GPT(GPTConfig(block_size=24, vocab_size=28, n_layer=1, n_head=1, n_embd=8))
+    save_checkpoint(path, model, "abcdefghijklmnopqrstuvwxyz ")
     return path
 
 
@@ -224,10 +225,10 @@ def test_bad_input_is_one_line(sample, checkpoint, flags, words):
     assert result.out == ""
 
 
-def test_the_shipped_model_writes_shakespeare_from_any_folder(run, tmp_path, text):
-    """No flags, nothing prepared. Words of four letters and more must mostly be words of the play."""
+def test_the_shipped_model_writes_shakespeare_from_any_folder(run, tmp_path):
+    """Nothing prepared; 4 pages must use many of the commonest words. Random letters would use none of the long ones."""
     result = run(ROOT / "main.py", "--num_samples=4", "--device=cpu", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout) == 4 * 257 and "Traceback" not in result.stderr
-    common = {"that", "with", "this", "have", "your", "thou", "shall", "will", "what", "lord", "him", "not", "for", "the", "and", "you"}
-    assert len(common & set(result.stdout.lower().replace("\n", " ").split())) >= 5
+    common = set("that with this have your thou shall will what lord him not for the and you".split())
+    assert len(common & set(result.stdout.lower().split())) >= 6

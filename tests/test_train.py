@@ -266,12 +266,13 @@ def test_what_is_saved_is_what_was_evaluated(train, tmp_path, data_dir):
 
 @pytest.mark.parametrize("muon", [True, False])
 def test_it_learns(call, tmp_path, muon):
-    """abcdefghabcdefgh...: one look at any character tells all others, so of 16 characters only the first costs ln 8."""
+    """abcdefghabcdefgh...: one look at any character tells all others, so of 16 characters only the first must cost ln 8,
+    and a model that does not look pays ln 8 for each."""
     (tmp_path / "cycle.txt").write_text("abcdefgh" * 500)
     prepare.prepare(tmp_path / "cycle.txt", tmp_path)
     call(train_script, *TINY, f"--data_dir={tmp_path}", "--max_iters=300", "--eval_interval=150", "--n_embd=32", "--batch_size=16",
          f"--muon={muon}", f"--save_filename={tmp_path}/x")
-    assert math.log(8) / 16 < curve(tmp_path / "x.pt")[-1]["val"] < 0.5 < math.log(8)
+    assert math.log(8) / 16 < curve(tmp_path / "x.pt")[-1]["val"] < 0.6 * math.log(8)
 
 
 def test_the_same_command_twice_keeps_both_models(train, tmp_path):
@@ -336,8 +337,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_file(train, tmp
 
 def test_init_from_and_eval_only(train, tmp_path):
     train(*RUN, f"--save_filename={tmp_path}/x")
-    onward = train("--max_iters=4", f"--init_from={tmp_path}/x", f"--save_filename={tmp_path}/y", "--learning_rate=0", "--muon_lr=0",
-                   "--weight_decay=0")
+    onward = train("--max_iters=4", f"--init_from={tmp_path}/x", f"--save_filename={tmp_path}/y", "--learning_rate=0",
+                   "--muon_lr=0")
     assert onward.code == 0
     assert_same_weights(tmp_path / "x.pt", tmp_path / "y.pt")
     before = sorted(tmp_path.iterdir())
