@@ -74,16 +74,18 @@ def test_initialisation_is_gpt2s(bias):
     assert abs(loss - math.log(8)) < 0.2  # no opinion yet
 
 
-def test_dropout_works_in_training_only():
-    model = tiny(dropout=0.5)
-    idx = torch.zeros(1, 12, dtype=torch.long)
-    assert not torch.equal(model(idx), model(idx))
-    for p in model.h.parameters():  # attention and MLP contribute nothing: what is left is the embedding's dropout
-        p.data.zero_()
-    model.ln_f = torch.nn.Identity()
-    assert not torch.equal(model(idx), model(idx))
+def test_dropout_is_where_gpt2_has_it_and_in_training_only(monkeypatch):
+    """After the embedding, on the attention weights, and on what each half of a block adds to the residual stream."""
+    used = []
+    F = torch.nn.functional
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: used.append(p * training) or dropout(x, p, training))
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *qkv, dropout_p: used.append(dropout_p) or attention(*qkv, dropout_p=dropout_p))
+    model, idx = tiny(dropout=0.5), torch.zeros(1, 12, dtype=torch.long)
+    assert not torch.equal(model(idx), model(idx)) and used == [0.5] * 2 * (1 + 3 * 2)
     model.eval()
-    assert torch.equal(model(idx), model(idx))
+    assert torch.equal(model(idx), model(idx)) and used[14:] == [0.0] * 14
 
 
 def test_what_does_not_fit_is_a_value_error():
