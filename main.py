@@ -33,19 +33,23 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     model: any callable (B, T) long -> (B, T, vocab_size) logits. x (B, T) long holds mask_id wherever text is wanted:
     after a prompt, in the middle of a sentence, everywhere. What is not mask_id is never changed.
     steps: forward passes; the tokens are spread over them evenly, and no pass is spent on none.
-    temperature: 0 takes the likeliest token, 1 samples from the model. remasking: which predictions are kept: random
-    ones, or, for low_confidence, the likeliest ones. block_length: finish this many masks, from the left, before the
-    next ones. cfg_scale > 0: classifier-free guidance, away from what the model says without the given tokens.
-    generator: a CPU torch.Generator; the same one gives the same text. ValueError for values that make no sense."""
+    temperature: 0 takes the likeliest token, 1 samples from the model.
+    remasking: which predictions are kept: random ones or, for low_confidence, the likeliest ones.
+    block_length: write this many masks, from the left, before the next ones; a pass that has tokens to spare at the
+    end of a block begins the next.
+    cfg_scale > 0: classifier-free guidance, away from what the model says without the given tokens.
+    generator: a CPU torch.Generator; the same one gives the same text.
+    ValueError, at the first step, for values that make no sense."""
     if steps < 1 or (block_length is not None and block_length < 1):
         raise ValueError(f"steps and block_length must be at least 1; not {steps=}, {block_length=}")
     if not (0 <= temperature < torch.inf and 0 <= cfg_scale < torch.inf):
         raise ValueError(f"temperature and cfg_scale must be finite and at least 0; not {temperature=}, {cfg_scale=}")
     if remasking not in ("random", "low_confidence"):
         raise ValueError(f"remasking must be random or low_confidence, not {remasking}")
+    work = torch.device("cpu") if x.device.type == "mps" else x.device                 # mps has no float64
     given = x != mask_id
-    n_masks = (~given).sum(dim=1, keepdim=True)                                        # (B, 1)
-    block = ((~given).cumsum(dim=1) - 1) // (block_length or x.shape[1])               # (B, T) from the left
+    n_masks = (~given).sum(dim=1, keepdim=True).to(work)                               # (B, 1)
+    block = ((~given).cumsum(dim=1) - 1).to(work) // (block_length or x.shape[1])      # (B, T) from the left
     steps = min(steps, int(n_masks.max()))
     for step in range(steps):
         if cfg_scale > 0:
@@ -54,8 +58,7 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
         else:
             logits = model(x)
         # float64: in float32 the Gumbel noise is cut off at the top, which lowers the temperature (arXiv 2409.02908)
-        work = torch.device("cpu") if x.device.type == "mps" else x.device             # mps has no float64
-        logits = logits[..., :mask_id].to(work, torch.float64)                         # (B, T, mask_id)
+        logits = logits[..., :mask_id].to(work).double()                               # (B, T, mask_id)
         uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator).clamp_min(1e-300)
         gumbel = -torch.log(-torch.log(uniform)).to(work)
         x0 = (logits + temperature * gumbel).argmax(dim=-1)                # (B, T), ~ softmax(logits / temperature)
@@ -63,11 +66,10 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
             confidence = torch.rand(x.shape, dtype=torch.float64, generator=generator).to(work)
         else:
             confidence = logits.softmax(dim=-1).gather(-1, x0[..., None]).squeeze(-1)
-        x0, confidence = x0.to(x.device), confidence.float().to(x.device)
-        confidence = (confidence - 2 * block).masked_fill(x != mask_id, -torch.inf)    # earlier blocks come first
+        confidence = (confidence - 2 * block).masked_fill((x != mask_id).to(work), -torch.inf)  # earlier blocks first
+        rank = confidence.argsort(dim=1, descending=True).argsort(dim=1)               # (B, T), 0 is the surest
         count = (step + 1) * n_masks // steps - step * n_masks // steps                # (B, 1) tokens to keep now
-        keep = confidence.argsort(dim=1, descending=True).argsort(dim=1) < count
-        x = torch.where(keep, x0, x)
+        x = torch.where((rank < count).to(x.device), x0.to(x.device), x)
         yield x
 
 
@@ -95,6 +97,8 @@ def main():
     args = parser.parse_args()
     try:
         write(args)
+    except torch.OutOfMemoryError:
+        fail("the device is out of memory: try fewer --num_samples")
     except (OSError, ValueError) as e:
         fail(e)
     except KeyboardInterrupt:

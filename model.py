@@ -208,10 +208,11 @@ def load_checkpoint(path, device="cpu"):
     try:
         model = GPT(GPTConfig(**checkpoint["config"]))
         chars, weights, info = checkpoint["chars"], checkpoint["model"], checkpoint["info"]
-        if len(set(chars)) != model.config.mask_id or not all(isinstance(c, str) and len(c) == 1 for c in chars):
+        if not (len(chars) == len(set(chars)) == model.config.mask_id and all(len(c) == 1 for c in chars)):
             raise ValueError("its vocabulary does not fit its config")
         model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        info = dict(info)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is not a checkpoint of this model: {reason}") from e
     if not all(p.isfinite().all() for p in model.parameters()):
@@ -246,8 +247,9 @@ def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU computes in it"
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16, "the GPU computes in it"
         return torch.float16, "the GPU has no bfloat16"
     if device.type == "mps":
         return torch.float32, "the safe choice on mps"

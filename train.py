@@ -12,10 +12,10 @@ Beside X stand X.csv, the loss curve, and until the run is complete X.state, fro
 
 import argparse
 import copy
-import csv
-import io
+import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -74,15 +74,17 @@ class TrainConfig:
     seed: int = knob(1337, "weights, batches, masks, dropout")
     # evaluation
     eval_interval: int = knob(300, "iterations between evaluations; X and X.state are written then")
+    eval_chars: int = knob(2**18, "characters of each split that an evaluation looks at, at most; --eval_only: all")
     eval_passes: int = knob(3, "masks per window and evaluation; --eval_only uses at least 8")
     log_interval: int = knob(10, "iterations between looks at the loss")
 
     def __post_init__(self):
         least = dict(max_iters=1, batch_size=1, gradient_accumulation_steps=1, eval_interval=1, log_interval=1, eval_passes=2,
-                     warmup_iters=0, learning_rate=0, muon_lr=0, min_lr_ratio=0, weight_decay=0, grad_clip=0)
-        for name, least in least.items():
-            if not getattr(self, name) >= least:  # nan is not at least anything
-                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+                     eval_chars=self.block_size, warmup_iters=0, learning_rate=0, muon_lr=0, min_lr_ratio=0, weight_decay=0,
+                     grad_clip=0)
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:  # nan is not at least anything
+                raise ValueError(f"--{name} must be at least {bound}, not {getattr(self, name)}")
         for name, end in (("beta1", 1), ("beta2", 1), ("ema_decay", 1), ("seed", 2**63)):
             if not 0 <= getattr(self, name) < end:
                 raise ValueError(f"--{name} must be at least 0 and less than {end}, not {getattr(self, name)}")
@@ -93,7 +95,7 @@ CUDA_DEFAULTS = dict(n_head=6, n_embd=384, dropout=0.2, batch_size=64, max_iters
                      eval_interval=500)
 WHY_SIZES = {"cuda": "nanoGPT's shakespeare_char sizes", "cpu": "small enough for 10 minutes on 2 cores"}
 # what may differ between an interrupted run and its --resume
-FREE_ON_RESUME = {"resume", "save_filename", "device", "compile", "dataset", "data_dir"}
+FREE_ON_RESUME = {"resume", "save_filename", "device", "compile"}
 
 
 # -----------------------------------------------------------------------------
@@ -120,8 +122,9 @@ def token_losses(model, noisy_batch, input_ids, mask_id):
 
 
 def diffusion_loss(model, input_ids, mask_id, eps=1e-3, t=None, u=None):
-    """LLaDA's eq. 3 per token: sum over masked of cross-entropy / p_mask, over B * T; its expectation bounds -log p.
-    A scalar, in nats per character. Arguments as forward_process; model: (B, T) -> (B, T, vocab_size) logits."""
+    """LLaDA's eq. 3 per token: sum over masked of cross-entropy / p_mask, over B * T. Its expectation bounds -log p,
+    but for the sliver of t that eps cuts off. A scalar, in nats per character. Arguments as forward_process; model:
+    (B, T) -> (B, T, vocab_size) logits."""
     noisy_batch, masked_indices, p_mask = forward_process(input_ids, mask_id, eps, t, u)
     losses = token_losses(model, noisy_batch, input_ids, mask_id)
     return (losses * masked_indices / p_mask).sum() / input_ids.numel()
@@ -132,8 +135,8 @@ def estimate_nelbo(model, data, passes=8, batch_size=64, seed=0, autocast=nullco
     """The bound, measured with little noise (LLaDA eq. 14; arXiv 2409.02908 eq. 7): mask exactly n of a window's L
     characters, n uniform on 1..L, and take the mean cross-entropy of those n. Its expectation is the NELBO per
     character. A pass covers all windows of model.config.block_size once, with n spread evenly over 1..L; the last,
-    shorter window is left out. data (N,) ids; the same seed gives every model the same masks. model: a GPT, or any
-    module with a config. -> (mean over the passes, at least 2, and its standard error), in nats per character."""
+    shorter window is left out. data (N,) ids; the same seed gives every model the same masks. model: a GPT in eval
+    mode, or any module with a config. -> (mean over the passes, at least 2, and its standard error), in nats per character."""
     L, mask_id = model.config.block_size, model.config.mask_id
     device = next(model.parameters()).device
     W = len(data) // L
@@ -142,11 +145,11 @@ def estimate_nelbo(model, data, passes=8, batch_size=64, seed=0, autocast=nullco
     for _ in tqdm(range(passes), desc="evaluating", leave=False, disable=None):
         share = (torch.randperm(W, generator=g) + torch.rand(W, generator=g, dtype=torch.float64)) / W  # (W,) in [0, 1)
         n = (share * L).long() + 1                                                                    # (W,) in 1..L
-        masked_indices = torch.rand(W, L, generator=g).argsort(dim=1).argsort(dim=1) < n[:, None]     # (W, L)
         total = 0.0
         for w in torch.arange(W).split(batch_size):
-            input_ids = gather(data, w * L, L, device)
-            mask = masked_indices[w].to(device)
+            input_ids = gather(data, w * L, L, device)                                                # (B, L)
+            rank = torch.rand(len(w), L, generator=g).argsort(dim=1).argsort(dim=1)                   # 0..L-1, shuffled
+            mask = (rank < n[w, None]).to(device)                                                     # n in each row
             with autocast:
                 losses = token_losses(model, torch.where(mask, mask_id, input_ids), input_ids, mask_id)
             total += ((losses * mask).sum(dim=1).cpu().double() / n[w]).sum().item()
@@ -167,8 +170,10 @@ def load_data(cfg, chars=None):
             raise FileNotFoundError(f"there is no {name} in {folder}; write it with data/shakespeare_char/prepare.py")
     try:
         data_chars = list(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["chars"])
+        if len(set(data_chars)) < len(data_chars) or not all(len(c) == 1 for c in data_chars):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'meta.json'} is damaged; run prepare.py again") from None
+        raise ValueError(f"{folder / 'meta.json'} does not list different characters; run prepare.py again") from None
     splits = []
     for path in (folder / "train.bin", folder / "val.bin"):
         size = path.stat().st_size
@@ -176,7 +181,7 @@ def load_data(cfg, chars=None):
             raise ValueError(f"{path} has an odd number of bytes ({size}): not uint16 ids; run prepare.py again")
         if size // 2 < cfg.block_size:
             raise ValueError(f"{path} has {size // 2} characters, fewer than one --block_size={cfg.block_size}")
-        ids = np.memmap(path, dtype="<u2", mode="c")
+        ids = np.memmap(path, dtype="<u2", mode="c")  # "c": PyTorch warns of arrays that it could not write to
         if ids.max() >= len(data_chars):
             raise ValueError(f"{path} has id {ids.max()}, beyond the {len(data_chars)} characters of meta.json; run "
                              "prepare.py again")
@@ -193,22 +198,25 @@ def load_data(cfg, chars=None):
 def gather(data, starts, length, device):
     """The windows of data that begin at starts (B,) -> (B, length) long ids on device."""
     idx = starts[:, None] + torch.arange(length)                             # (B, length)
-    return (data[idx.to(data.device)].long() & 0xFFFF).to(device)            # undo the sign of the int16
+    ids = data[idx.to(data.device, non_blocking=True)].long() & 0xFFFF       # undo the sign of the int16
+    return ids.to(device, non_blocking=True)
+
+
+def seed_for(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def get_batch(data, cfg, iteration, device):
     """The global batch of an iteration: input_ids (B, T), and the draws t (B,) and u (B, T) that mask it. All of it
     comes from (seed, iteration) alone, so that it does not matter how often the run was interrupted."""
-    batch_seed, dropout_seed = np.random.SeedSequence((cfg.seed, iteration)).generate_state(2)
-    torch.manual_seed(int(dropout_seed))
-    g = torch.Generator().manual_seed(int(batch_seed))
+    g = torch.Generator().manual_seed(seed_for(cfg.seed, iteration))
     B, T = cfg.batch_size * cfg.gradient_accumulation_steps, cfg.block_size
     if torch.rand((), generator=g) < 0.01:                                   # LLaDA: some batches of a random length
         T = int(torch.randint(1, T + 1, (), generator=g))
     starts = torch.randint(len(data) - T + 1, (B,), generator=g)
     t = (torch.randperm(B, generator=g) + torch.rand(B, generator=g)) / B    # stratified (MDLM): covers [0, 1] evenly
     u = torch.rand(B, T, generator=g)
-    return gather(data, starts, T, device), t.to(device), u.to(device)
+    return gather(data, starts, T, device), t.to(device, non_blocking=True), u.to(device, non_blocking=True)
 
 
 # -----------------------------------------------------------------------------
@@ -243,26 +251,31 @@ def lr_scale(iteration, cfg):
 # -----------------------------------------------------------------------------
 # the run
 
-def keep_old(X):
-    """Copy what an earlier run left at X to a free backup name; returns that name, or None if X is free."""
-    old = [path for path in (X, Path(f"{X}.csv"), Path(f"{X}.state")) if path.exists()]
-    if not old:
+def back_up(X):
+    """Give what an earlier run left at X a free backup name; -> that name, or None if X is free. X itself is copied:
+    the first new file will replace it in one step."""
+    ends = ("", ".csv", ".state")
+
+    def taken(path):
+        return [end for end in ends if Path(f"{path}{end}").exists()]
+    if not taken(X):
         return None
-    n = 1
-    while (backup := X.with_name(f"{X.stem}_backup{n}{X.suffix}")).exists():
-        n += 1
-    for path in old:
-        content = path.read_bytes()
-        write_atomically(backup.with_name(path.name.replace(X.name, backup.name)), lambda f, c=content: f.write(c))
-        if path != X:  # X itself is replaced in one step by the first new file
-            path.unlink()
+    backup = next(name for n in itertools.count(1) if not taken(name := X.with_name(f"{X.stem}_backup{n}{X.suffix}")))
+    for end in taken(X):
+        if end:
+            os.replace(f"{X}{end}", f"{backup}{end}")
+        else:
+            write_atomically(backup, lambda f: f.write(X.read_bytes()))
     return backup
 
 
 def load_state(path, given):
-    """-> the training state at path and its config, with what may change on --resume taken from the command line."""
+    """-> the training state at path, and its config. What was given on the command line must not contradict it."""
     state = read_file(path)
-    cfg = TrainConfig(**state["cfg"])
+    try:
+        cfg = TrainConfig(**state["cfg"])
+    except (TypeError, LookupError) as e:
+        raise ValueError(f"{path} is not a training state of this version; remove it to start afresh") from e
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             setattr(cfg, name, value)
@@ -277,136 +290,141 @@ def show_nelbo(name, nats, se):
     return f"{name} NELBO {nats:.4f} +- {se:.4f} nats/char ({nats / ln2:.4f} +- {se / ln2:.4f} bits)"
 
 
-def evaluate_checkpoint(cfg):
+def evaluate_checkpoint(cfg, given):
     if not cfg.init_from:
         raise ValueError("--eval_only needs --init_from=X, the checkpoint to evaluate")
+    path = resolve_path(cfg.init_from)
     device, why = pick_device(cfg.device)
-    model, chars, info = load_checkpoint(resolve_path(cfg.init_from), device)
-    cfg.block_size = model.config.block_size
+    model, chars, info = load_checkpoint(path, device)
+    cfg.block_size = given.get("block_size", model.config.block_size)
+    if cfg.block_size > model.config.block_size:
+        raise ValueError(f"--block_size={cfg.block_size} is longer than the {model.config.block_size} of {path}")
+    model.config.block_size = cfg.block_size
     train_data, val_data, _ = load_data(cfg, chars)
     dtype, why_dtype = pick_dtype(cfg.dtype, device)
-    passes = max(8, cfg.eval_passes)
-    print(f"device: {device} ({why}), dtype: {str(dtype).removeprefix('torch.')} ({why_dtype})")
-    print(f"{resolve_path(cfg.init_from)}: iteration {info.get('iteration')}; {passes} passes over all whole windows of "
-          f"{cfg.block_size} characters")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    for name, data in (("val  ", val_data), ("train", train_data)):
-        print(show_nelbo(name, *estimate_nelbo(model, data, passes, autocast=autocast)), flush=True)
+    passes = max(8, cfg.eval_passes)
+    print(f"device: {device} ({why})\ndtype: {str(dtype).removeprefix('torch.')} ({why_dtype})")
+    print(f"{path}: iteration {info.get('iteration')}; {passes} passes over all whole windows of {cfg.block_size} characters")
+    for split, data in (("val", val_data), ("train", train_data)):
+        print(show_nelbo(f"{split:5}", *estimate_nelbo(model, data, passes, autocast=autocast)), flush=True)
 
 
-def train(cfg, given):
-    """Train as cfg says; given holds the knobs that the user set. -> exit status."""
+def set_up(cfg, given):
+    """All that can go wrong before training starts: files, device, data, model. -> what train() needs, or None if
+    --resume finds a complete run."""
     X = resolve_path(cfg.save_filename)
-    curve_path, state_path = Path(f"{X}.csv"), Path(f"{X}.state")
     if X.is_dir():
         raise IsADirectoryError(f"--save_filename={X} is a folder")
-    state = None
-    if state_path.exists() and cfg.resume:
+    state, state_path = None, Path(f"{X}.state")
+    if cfg.resume and state_path.exists():
         state, cfg = load_state(state_path, given)
-    elif state_path.exists():
-        print(f"found an interrupted run of {X}: --resume would continue it. This run starts afresh")
     elif cfg.resume and X.exists() and load_checkpoint(X)[2].get("complete"):
         print(f"{X} is complete: nothing to resume. Train on from it with --init_from={X}")
-        return 0
+        return None
     elif cfg.resume:
         print(f"no interrupted run of {X} to resume: starting afresh")
+    elif state_path.exists():
+        print(f"found an interrupted run of {X}: --resume would continue it. This run starts afresh")
 
     device, why_device = pick_device(cfg.device)
     if state:
-        dtype, why_dtype = getattr(torch, state["dtype"]), "as the interrupted run"
+        dtype, why_dtype, why_sizes = getattr(torch, state["dtype"]), "as the interrupted run", "as the interrupted run"
+        chars, weights = state["chars"], state["model"]
     else:
         dtype, why_dtype = pick_dtype(cfg.dtype, device)
-    why_sizes = "as the interrupted run" if state else f"where no flag says otherwise: {WHY_SIZES.get(device.type, 'as on cpu')}"
-    chars, start = (state["chars"], state["model"]) if state else (None, None)
+        why_sizes = f"where no flag says otherwise: {WHY_SIZES.get(device.type, 'as on cpu')}"
+        chars, weights = None, None
     if cfg.init_from and not state:
         base, chars, _ = load_checkpoint(resolve_path(cfg.init_from))
-        start = base.state_dict()
+        weights, why_sizes = base.state_dict(), f"those of {cfg.init_from}"
         for name in ("block_size", "n_layer", "n_head", "n_embd", "bias", "rope"):
-            own = getattr(base.config, name)
-            if given.get(name, own) != own:
-                raise ValueError(f"--{name}={given[name]} is not what {cfg.init_from} has ({own})")
-            setattr(cfg, name, own)
-        why_sizes = f"those of {cfg.init_from}"
+            size = getattr(base.config, name)
+            if given.get(name, size) != size:
+                raise ValueError(f"--{name}={given[name]} is not what {cfg.init_from} has ({size})")
+            setattr(cfg, name, size)
     train_data, val_data, chars = load_data(cfg, chars)
-    config = GPTConfig(block_size=cfg.block_size, vocab_size=len(chars) + 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
-                       n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias, rope=cfg.rope)
     torch.manual_seed(cfg.seed)
-    model = GPT(config)
-    if start:
-        model.load_state_dict(start)
+    model = GPT(GPTConfig(block_size=cfg.block_size, vocab_size=len(chars) + 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                          n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias, rope=cfg.rope))
+    if weights:
+        model.load_state_dict(weights)
     model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # what is evaluated, saved and sampled
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    mask_id = config.mask_id
-    iteration, minutes, rows, losses = 0, 0.0, [], []
     if state:
         ema.load_state_dict(state["ema"])
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(optimizer_state)
         scaler.load_state_dict(state["scaler"])
-        iteration, minutes, rows, losses = state["iteration"], state["minutes"], state["rows"], state["losses"]
-
-    dtype_name = str(dtype).removeprefix("torch.")
-    windows = cfg.gradient_accumulation_steps * cfg.batch_size
-    chars_per_iter = windows * cfg.block_size
-    print(f"device: {device} ({why_device})")
-    print(f"dtype: {dtype_name} ({why_dtype})")
-    print(f"sizes: {cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, dropout {cfg.dropout} ({why_sizes})")
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
-    print(f"characters per iteration: {windows} windows x {cfg.block_size} = {chars_per_iter:,}; {cfg.max_iters:,} "
-          f"iterations are {cfg.max_iters * chars_per_iter / len(train_data):.1f} epochs")
-    if state:
-        print(f"resuming {X} at iteration {iteration:,}")
-
     try:  # an unwritable folder must show now, not at the first evaluation
         X.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(f"{X}.probe", lambda f: None)
-        Path(f"{X}.probe").unlink()
+        os.unlink(f"{X}.probe")
     except OSError as e:
         raise OSError(f"--save_filename={X} can't be written: {e.strerror}") from e
     if device.type != "cpu" and train_data.nbytes < 2**30:  # else each batch is read from the memory map
         train_data, val_data = train_data.to(device), val_data.to(device)
+
+    windows = cfg.gradient_accumulation_steps * cfg.batch_size
+    print(f"device: {device} ({why_device})")
+    print(f"dtype: {str(dtype).removeprefix('torch.')} ({why_dtype})")
+    print(f"sizes: {cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, dropout {cfg.dropout} ({why_sizes})")
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    print(f"characters per iteration: {windows} windows x {cfg.block_size} = {windows * cfg.block_size:,}; {cfg.max_iters:,} "
+          f"iterations are {cfg.max_iters * windows * cfg.block_size / len(train_data):.1f} epochs")
+    return cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimizers, scaler, state
+
+
+def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimizers, scaler, state):
+    """The loop. -> exit status."""
+    curve_path, state_path = Path(f"{X}.csv"), Path(f"{X}.state")
+    iteration, minutes_before, rows, losses = 0, 0.0, [], []
+    if state:
+        iteration, minutes_before, rows, losses = (state[key] for key in ("iteration", "minutes", "rows", "losses"))
+        print(f"resuming {X} at iteration {iteration:,}")
+    started = time.perf_counter()
+    files_are_ours = state is not None
+    micro_steps = cfg.gradient_accumulation_steps
+    chars_per_iter = micro_steps * cfg.batch_size * cfg.block_size
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     compiled = torch.compile(model) if cfg.compile else model
-    started = time.perf_counter() - 60 * minutes
-    owned = state is not None  # whether the files at X are this run's own
+    dtype_name = str(dtype).removeprefix("torch.")
 
-    def own():
-        nonlocal owned
-        if not owned and (backup := keep_old(X)):
+    def minutes():
+        return minutes_before + (time.perf_counter() - started) / 60
+
+    def make_room():
+        nonlocal files_are_ours
+        if not files_are_ours and (backup := back_up(X)):
             bar.write(f"what stood at {X} is now {backup}")
-        owned = True
+        files_are_ours = True
 
-    def provenance(**info):
-        return dict(iteration=iteration, minutes=(time.perf_counter() - started) / 60, device=str(device),
-                    dtype=dtype_name, hyperparameters=asdict(cfg),
-                    command=" ".join(["python train.py", *sys.argv[1:]]), **info)
+    def save_model(**info):
+        save_checkpoint(X, ema, chars, iteration=iteration, minutes=minutes(), device=str(device), dtype=dtype_name,
+                        hyperparameters=asdict(cfg), command=" ".join(["python train.py", *sys.argv[1:]]), **info)
 
     def save_state():
-        own()
-        state = dict(cfg=asdict(cfg), dtype=dtype_name, chars=chars, model=model.state_dict(), ema=ema.state_dict(),
-                     optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
-                     iteration=iteration, minutes=(time.perf_counter() - started) / 60, rows=rows, losses=losses)
-        write_atomically(state_path, lambda f: torch.save(state, f))
+        make_room()
+        everything = dict(cfg=asdict(cfg), dtype=dtype_name, chars=chars, model=model.state_dict(), ema=ema.state_dict(),
+                          optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
+                          iteration=iteration, minutes=minutes(), rows=rows, losses=losses)
+        write_atomically(state_path, lambda f: torch.save(everything, f))
 
     def evaluate():
-        nelbo = {}
-        for split, data in (("train", train_data[:len(val_data)]), ("val", val_data)):
+        n, nelbo = min(len(val_data), cfg.eval_chars), {}
+        for split, data in (("train", train_data[:n]), ("val", val_data[:n])):
             nelbo[split], nelbo[split + "_se"] = estimate_nelbo(ema, data, cfg.eval_passes, autocast=autocast)
             bar.write(f"iteration {iteration}: " + show_nelbo(split, nelbo[split], nelbo[split + "_se"]))
-        row = dict(iteration=iteration, minutes=(time.perf_counter() - started) / 60, loss=float(np.mean(losses)), **nelbo,
-                   train_bits=nelbo["train"] / math.log(2), val_bits=nelbo["val"] / math.log(2))
-        own()
-        if all(row["val"] < old["val"] for old in rows):
-            save_checkpoint(X, ema, chars, **provenance(nelbo=nelbo))
-        rows.append(row)
+        make_room()
+        if not rows or not X.exists() or nelbo["val"] < min(row["val"] for row in rows):
+            save_model(nelbo=nelbo)
+        rows.append(dict(iteration=iteration, minutes=minutes(), loss=float(np.mean(losses)), **nelbo,
+                         train_bits=nelbo["train"] / math.log(2), val_bits=nelbo["val"] / math.log(2)))
         losses.clear()
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, row)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(curve_path, lambda f: f.write(text.getvalue().encode()))
+        table = "".join(",".join(map(str, row)) + "\n" for row in [rows[0], *(row.values() for row in rows)])
+        write_atomically(curve_path, lambda f: f.write(table.encode()))
 
     stop = False
 
@@ -424,32 +442,34 @@ def train(cfg, given):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * lr_scale(iteration, cfg)
+            torch.manual_seed(seed_for(cfg.seed, iteration, 1))  # dropout's
             input_ids, t, u = get_batch(train_data, cfg, iteration, device)
             net = compiled if input_ids.shape[1] == cfg.block_size else model  # no compilation for a rare length
-            steps = cfg.gradient_accumulation_steps
             loss = 0.0
-            for i in range(steps):
+            for i in range(micro_steps):
+                rows_i = slice(i, None, micro_steps)
                 with autocast:
-                    part = diffusion_loss(net, input_ids[i::steps], mask_id, t=t[i::steps], u=u[i::steps]) / steps
+                    part = diffusion_loss(net, input_ids[rows_i], model.config.mask_id, t=t[rows_i], u=u[rows_i]) / micro_steps
                 scaler.scale(part).backward()
                 loss += part.detach()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            if cfg.grad_clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            if not scaler.is_enabled() or norm.isfinite():  # in float16 an overflow must skip both optimizers, not one
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
             scaler.update()
-            decay = min(cfg.ema_decay, (1 + iteration) / (10 + iteration))  # a short horizon early in the run
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                decay = min(cfg.ema_decay, (1 + iteration) / (10 + iteration))  # a short horizon early in the run
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             losses.append(loss)
             iteration += 1
             bar.update(chars_per_iter)
 
             due = iteration % cfg.eval_interval == 0 or iteration == cfg.max_iters
             if due or stop or iteration % cfg.log_interval == 0:
-                losses = [float(x) for x in losses]  # the only synchronisation with the device
+                losses = [float(x) for x in losses]  # waits for the device, so not at each iteration
                 if not math.isfinite(losses[-1]) or (due or stop) and not all(p.isfinite().all() for p in ema.parameters()):
                     bar.close()
                     print(f"error: at iteration {iteration:,} the loss is {losses[-1]} and the weights are lost; what was saved "
@@ -462,7 +482,7 @@ def train(cfg, given):
             elif stop:
                 save_state()
                 if not rows:
-                    save_checkpoint(X, ema, chars, **provenance())
+                    save_model()
             if stop and iteration < cfg.max_iters:
                 bar.close()
                 print(f"interrupted at iteration {iteration:,}. The same command with --resume goes on; {X} holds the best model "
@@ -474,8 +494,8 @@ def train(cfg, given):
     best, _, info = load_checkpoint(X)
     save_checkpoint(X, best, chars, **{**info, "complete": True})
     state_path.unlink()
-    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes. {X} holds iteration {info['iteration']:,}, val NELBO "
-          f"{info['nelbo']['val']:.4f}; {curve_path} the curve. Now: python main.py --path={X}")
+    print(f"done in {minutes():.1f} minutes. {X} holds iteration {info['iteration']:,}, val NELBO {info['nelbo']['val']:.4f}; "
+          f"{curve_path} the curve. Now: python main.py --path={X}")
     return 0
 
 
@@ -507,14 +527,21 @@ def parse_args(argv=None):
 def main():
     try:
         cfg, given = parse_args()
-        sys.exit(evaluate_checkpoint(cfg) if cfg.eval_only else train(cfg, given))
-    except torch.OutOfMemoryError:
-        fail("the device is out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps")
+        if cfg.eval_only:
+            sys.exit(evaluate_checkpoint(cfg, given))
+        run = set_up(cfg, given)
     except (OSError, ValueError) as e:
         fail(e)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    try:
+        sys.exit(train(*run) if run else 0)
+    except torch.OutOfMemoryError:
+        fail("the device is out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps")
+    except OSError as e:
+        fail(e)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -287,6 +287,14 @@ def test_the_same_command_twice_keeps_both_models(train, tmp_path):
     assert "x_backup2.pt" in third.out
 
 
+def test_a_backup_never_takes_a_name_that_is_in_use(train, tmp_path):
+    (tmp_path / "x_backup1.pt.csv").write_text("mine")
+    (tmp_path / "x.pt.csv").write_text("old")
+    result = train(*RUN, f"--save_filename={tmp_path}/x")
+    assert result.code == 0 and (tmp_path / "x_backup1.pt.csv").read_text() == "mine"
+    assert (tmp_path / "x_backup2.pt.csv").read_text() == "old"
+
+
 def test_nothing_moves_before_the_first_new_file(train, tmp_path, monkeypatch):
     X = tmp_path / "x.pt"
     train(*RUN, f"--save_filename={X}")
@@ -335,6 +343,30 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_file(train, tmp
     assert load_checkpoint(tmp_path / "x.pt")[2]["iteration"] == 4
 
 
+def test_float16_with_its_gradient_scaler(train, tmp_path, monkeypatch):
+    """The scale starts at 65536. An overflow halves it and skips both optimizers; the run ends well all the same."""
+    real, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def clip(parameters, max_norm):
+        parameters = list(parameters)
+        if len(seen) == 1:
+            parameters[-1].grad.fill_(math.inf)  # ln_f: AdamW's, so Muon must notice it too
+        seen.append([p.detach().clone() for p in parameters])
+        return real(parameters, max_norm)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    assert train(*RUN, "--dtype=float16", f"--save_filename={tmp_path}/x").code == 0
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))       # skipped
+    assert not any(torch.equal(a, b) for a, b in zip(seen[2], seen[3], strict=True))   # not skipped
+
+
+def test_the_average_builds_no_graph(train, tmp_path, monkeypatch):
+    saved, save = [], train_script.save_checkpoint
+    monkeypatch.setattr(train_script, "save_checkpoint",
+                        lambda path, model, *args, **info: saved.append(model) or save(path, model, *args, **info))
+    train(*RUN, f"--save_filename={tmp_path}/x")
+    assert len(saved) > 1 and not any(p.requires_grad for p in saved[0].parameters())
+
+
 def test_init_from_and_eval_only(train, tmp_path):
     train(*RUN, f"--save_filename={tmp_path}/x")
     onward = train("--max_iters=4", f"--init_from={tmp_path}/x", f"--save_filename={tmp_path}/y", "--learning_rate=0",
@@ -344,7 +376,9 @@ def test_init_from_and_eval_only(train, tmp_path):
     before = sorted(tmp_path.iterdir())
     result = train("--eval_only", f"--init_from={tmp_path}/x")
     assert result.code == 0 and result.out.count("NELBO") == 2 and "8 passes" in result.out and sorted(tmp_path.iterdir()) == before
+    assert "windows of 8 characters" in train("--eval_only", f"--init_from={tmp_path}/x", "--block_size=8").out
     assert_one_line_error(train("--eval_only"), "--init_from")
+    assert_one_line_error(train("--eval_only", f"--init_from={tmp_path}/x", "--block_size=32"), "--block_size=32", "16")
     assert_one_line_error(train(f"--init_from={tmp_path}/x", "--n_layer=3"), "--n_layer=3")
 
 
@@ -397,8 +431,10 @@ def test_save_filename_must_be_writable(train, tmp_path):
     ("train.bin", b"\0\0\0", ["train.bin", "odd"]),
     ("val.bin", b"", ["val.bin", "fewer"]),
     ("train.bin", b"\xff\xff" * 100, ["train.bin", "65535"]),
-    ("meta.json", b"{", ["meta.json", "damaged"]),
-    ("meta.json", b"[]", ["meta.json", "damaged"]),
+    ("meta.json", b"{", ["meta.json", "characters"]),
+    ("meta.json", b"[]", ["meta.json", "characters"]),
+    ("meta.json", b'{"chars": ["word", "piece"]}', ["meta.json", "characters"]),
+    ("meta.json", b'{"chars": "aab"}', ["meta.json", "characters"]),
     ("val.bin", None, ["val.bin"]),
 ])
 def test_damaged_data_is_one_line(call, data_dir, tmp_path, name, content, words):
