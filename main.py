@@ -3,8 +3,8 @@ The reverse process: start from masks, unmask step by step, show text.
 
     python main.py                                        # the shipped model writes a page of Shakespeare
     python main.py --path=X --prompt="ROMEO:" --num_samples=3
-    python main.py --steps=32 --temperature=0.7           # faster and rougher, or safer and duller: see README
-    python main.py --remasking=low_confidence --block_length=16 --gen_length=256
+    python main.py --steps=64                             # faster and rougher
+    python main.py --remasking=random --temperature=1 --block_length=256   # the model's own distribution, exactly
 
 The text goes to stdout and nothing else does: python main.py > page.txt keeps just the text.
 """
@@ -84,12 +84,12 @@ def main():
                         help="characters to write (default: what is left of the model's block)")
     parser.add_argument("--steps", type=int,
                         help="forward passes; fewer are faster and rougher (default: one per character)")
-    parser.add_argument("--temperature", type=float, default=0.8,
+    parser.add_argument("--temperature", type=float, default=1.3,
                         help="0: the likeliest text; 1: the model's own odds (default: %(default)s)")
-    parser.add_argument("--remasking", choices=("random", "low_confidence"), default="random",
+    parser.add_argument("--remasking", choices=("random", "low_confidence"), default="low_confidence",
                         help="which predictions a step keeps: any, or the surest (default: %(default)s)")
     parser.add_argument("--block_length", type=int,
-                        help="finish this many characters before the next ones (default: the whole page)")
+                        help="write this many characters before the next ones (default: 16, or gen_length if that is less)")
     parser.add_argument("--cfg_scale", type=float, default=0.0,
                         help="classifier-free guidance towards the prompt (default: 0, none)")
     parser.add_argument("--seed", type=int, default=1337, help="same seed, same text (default: %(default)s)")
@@ -121,8 +121,9 @@ def write(args):
     if not 1 <= gen_length <= left:
         raise ValueError(f"--gen_length must be 1 to {left}, what --prompt leaves of the model's block of "
                          f"{config.block_size}; not {gen_length}")
-    if args.block_length is not None and (args.block_length < 1 or gen_length % args.block_length):
-        raise ValueError(f"--block_length={args.block_length} does not fit: it must divide gen_length={gen_length}")
+    block_length = min(16, gen_length) if args.block_length is None else args.block_length
+    if not 1 <= block_length <= gen_length:
+        raise ValueError(f"--block_length={block_length} does not fit: it must be 1 to gen_length={gen_length}")
     if args.num_samples < 1:
         raise ValueError(f"--num_samples must be at least 1, not {args.num_samples}")
     if not 0 <= args.seed < 2**63:
@@ -133,7 +134,7 @@ def write(args):
     x = torch.full((args.num_samples, len(prompt) + gen_length), config.mask_id)  # (num_samples, T) an empty page
     x[:, :len(prompt)] = prompt
     generator = torch.Generator().manual_seed(args.seed)
-    states = unmask(model, x.to(device), config.mask_id, steps, args.temperature, args.remasking, args.block_length,
+    states = unmask(model, x.to(device), config.mask_id, steps, args.temperature, args.remasking, block_length,
                     args.cfg_scale, generator)
     started, passes = time.perf_counter(), 0
     for x in tqdm(states, total=min(max(steps, 1), gen_length), desc="unmasking", unit="step", leave=False, delay=0.1):

@@ -51,21 +51,21 @@ class TrainConfig:
     compile: bool = knob(False, "torch.compile the model")
     # model
     block_size: int = knob(256, "window length, in characters")
-    n_layer: int = knob(6, "blocks")
+    n_layer: int = knob(4, "blocks")
     n_head: int = knob(4, "attention heads per block; 64 features each is a good width")
     n_embd: int = knob(256, "width of the residual stream")
     dropout: float = knob(0.0, "for runs of many epochs, say 0.1 or 0.2; slow on a CPU")
     bias: bool = knob(False, "biases in Linears and LayerNorms")
     rope: bool = knob(True, "rotary positions; False: GPT-2's learned positions, to watch the plateau")
     # optimisation
-    max_iters: int = knob(900, "iterations, of gradient_accumulation_steps * batch_size windows each")
-    batch_size: int = knob(16, "windows per forward pass")
+    max_iters: int = knob(2000, "iterations, of gradient_accumulation_steps * batch_size windows each")
+    batch_size: int = knob(8, "windows per forward pass")
     gradient_accumulation_steps: int = knob(1, "forward passes per iteration")
     muon: bool = knob(True, "Muon for the blocks' matrices, AdamW for the rest; False: AdamW for all")
     muon_lr: float = knob(4e-3, "peak learning rate of Muon")
     learning_rate: float = knob(3e-3, "peak learning rate of AdamW; with --muon=False 1e-3 is a better one")
     min_lr_ratio: float = knob(0.05, "where the cosine decay ends, as a share of the peak")
-    warmup_iters: int = knob(50, "iterations of linear warm-up")
+    warmup_iters: int = knob(100, "iterations of linear warm-up")
     weight_decay: float = knob(0.1, "on matrices only")
     beta1: float = knob(0.9, "AdamW")
     beta2: float = knob(0.99, "AdamW")
@@ -73,9 +73,9 @@ class TrainConfig:
     ema_decay: float = knob(0.999, "moving average of the weights; shorter early in the run; 0: none")
     seed: int = knob(1337, "weights, batches, masks, dropout")
     # evaluation
-    eval_interval: int = knob(300, "iterations between evaluations; X and X.state are written then")
+    eval_interval: int = knob(500, "iterations between evaluations; X and X.state are written then")
     eval_chars: int = knob(2**18, "characters of each split that an evaluation looks at, at most; --eval_only: all")
-    eval_passes: int = knob(3, "masks per window and evaluation; --eval_only uses at least 8")
+    eval_passes: int = knob(2, "masks per window and evaluation; --eval_only: at least 8")
     log_interval: int = knob(10, "iterations between looks at the loss")
 
     def __post_init__(self):
@@ -91,8 +91,7 @@ class TrainConfig:
 
 
 # what else is the default on CUDA
-CUDA_DEFAULTS = dict(n_head=6, n_embd=384, dropout=0.2, batch_size=64, max_iters=5000, warmup_iters=100,
-                     eval_interval=500)
+CUDA_DEFAULTS = dict(n_layer=6, n_head=6, n_embd=384, dropout=0.2, batch_size=64, max_iters=5000)
 WHY_SIZES = {"cuda": "nanoGPT's shakespeare_char sizes", "cpu": "small enough for 10 minutes on 2 cores"}
 # what may differ between an interrupted run and its --resume
 FREE_ON_RESUME = {"resume", "save_filename", "device", "compile"}
