@@ -156,6 +156,8 @@ class GPT(nn.Module):
 def resolve_path(name):
     """The file a user means by X: exactly X, with .pt added if it has no suffix."""
     path = Path(name).expanduser()
+    if not path.name:
+        raise ValueError(f"{str(name)!r} is not the name of a checkpoint file")
     return path if path.suffix else path.with_name(path.name + ".pt")
 
 

@@ -215,7 +215,8 @@ def test_flags_do_what_they_say(sample, checkpoint):
     (["--device=cuda:99"], ["cuda:99"]),
     (["--device=tpu"], ["tpu"]),
     (["--path=/nowhere/model"], ["/nowhere/model.pt"]),
-    (["--path=/"], ["/"]),
+    (["--path=/"], ["'/'"]),
+    (["--path="], ["''"]),
     (["--length=3"], ["--length"]),
 ])
 def test_bad_input_is_one_line(sample, checkpoint, flags, words):
