@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--remasking", choices=("random", "low_confidence"), default="low_confidence",
                         help="which predictions a step keeps: any, or the surest (default: %(default)s)")
     parser.add_argument("--block_length", type=int,
-                        help="write this many characters before the next ones (default: 16, or gen_length if that is less)")
+                        help="write this many characters before the next ones (default: 16 or, if less, gen_length)")
     parser.add_argument("--cfg_scale", type=float, default=0.0,
                         help="classifier-free guidance towards the prompt (default: 0, none)")
     parser.add_argument("--seed", type=int, default=1337, help="same seed, same text (default: %(default)s)")

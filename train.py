@@ -79,9 +79,9 @@ class TrainConfig:
     log_interval: int = knob(10, "iterations between looks at the loss")
 
     def __post_init__(self):
-        least = dict(max_iters=1, batch_size=1, gradient_accumulation_steps=1, eval_interval=1, log_interval=1, eval_passes=2,
-                     eval_chars=self.block_size, warmup_iters=0, learning_rate=0, muon_lr=0, min_lr_ratio=0, weight_decay=0,
-                     grad_clip=0)
+        least = dict(max_iters=1, batch_size=1, gradient_accumulation_steps=1, eval_interval=1, log_interval=1,
+                     eval_passes=2, eval_chars=self.block_size, warmup_iters=0, learning_rate=0, muon_lr=0,
+                     min_lr_ratio=0, weight_decay=0, grad_clip=0)
         for name, bound in least.items():
             if not getattr(self, name) >= bound:  # nan is not at least anything
                 raise ValueError(f"--{name} must be at least {bound}, not {getattr(self, name)}")
@@ -304,7 +304,8 @@ def evaluate_checkpoint(cfg, given):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     passes = max(8, cfg.eval_passes)
     print(f"device: {device} ({why})\ndtype: {str(dtype).removeprefix('torch.')} ({why_dtype})")
-    print(f"{path}: iteration {info.get('iteration')}; {passes} passes over all whole windows of {cfg.block_size} characters")
+    print(f"{path}: iteration {info.get('iteration')}; {passes} passes over all whole windows of {cfg.block_size} "
+          "characters")
     for split, data in (("val", val_data), ("train", train_data)):
         print(show_nelbo(f"{split:5}", *estimate_nelbo(model, data, passes, autocast=autocast)), flush=True)
 
@@ -371,8 +372,8 @@ def set_up(cfg, given):
     print(f"dtype: {str(dtype).removeprefix('torch.')} ({why_dtype})")
     print(f"sizes: {cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide, dropout {cfg.dropout} ({why_sizes})")
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
-    print(f"characters per iteration: {windows} windows x {cfg.block_size} = {windows * cfg.block_size:,}; {cfg.max_iters:,} "
-          f"iterations are {cfg.max_iters * windows * cfg.block_size / len(train_data):.1f} epochs")
+    print(f"characters per iteration: {windows} windows x {cfg.block_size} = {windows * cfg.block_size:,}; "
+          f"{cfg.max_iters:,} iterations are {cfg.max_iters * windows * cfg.block_size / len(train_data):.1f} epochs")
     return cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimizers, scaler, state
 
 
@@ -406,7 +407,8 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
 
     def save_state():
         make_room()
-        everything = dict(cfg=asdict(cfg), dtype=dtype_name, chars=chars, model=model.state_dict(), ema=ema.state_dict(),
+        everything = dict(cfg=asdict(cfg), dtype=dtype_name, chars=chars,
+                          model=model.state_dict(), ema=ema.state_dict(),
                           optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
                           iteration=iteration, minutes=minutes(), rows=rows, losses=losses)
         write_atomically(state_path, lambda f: torch.save(everything, f))
@@ -446,11 +448,11 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
             net = compiled if input_ids.shape[1] == cfg.block_size else model  # no compilation for a rare length
             loss = 0.0
             for i in range(micro_steps):
-                rows_i = slice(i, None, micro_steps)
+                part = slice(i, None, micro_steps)  # rows i, i + micro_steps, ... of the global batch
                 with autocast:
-                    part = diffusion_loss(net, input_ids[rows_i], model.config.mask_id, t=t[rows_i], u=u[rows_i]) / micro_steps
-                scaler.scale(part).backward()
-                loss += part.detach()
+                    part_loss = diffusion_loss(net, input_ids[part], model.config.mask_id, t=t[part], u=u[part])
+                scaler.scale(part_loss / micro_steps).backward()
+                loss += part_loss.detach() / micro_steps
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -469,10 +471,13 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
             due = iteration % cfg.eval_interval == 0 or iteration == cfg.max_iters
             if due or stop or iteration % cfg.log_interval == 0:
                 losses = [float(x) for x in losses]  # waits for the device, so not at each iteration
-                if not math.isfinite(losses[-1]) or (due or stop) and not all(p.isfinite().all() for p in ema.parameters()):
+                good = math.isfinite(losses[-1])
+                if due or stop:  # something will be saved
+                    good = good and all(p.isfinite().all() for p in ema.parameters())
+                if not good:
                     bar.close()
-                    print(f"error: at iteration {iteration:,} the loss is {losses[-1]} and the weights are lost; what was saved "
-                          "before stays. Try a lower learning rate", file=sys.stderr)
+                    print(f"error: at iteration {iteration:,} the loss is {losses[-1]} and the weights are lost; what was "
+                          "saved before stays. Try a lower learning rate", file=sys.stderr)
                     return 1
                 bar.set_postfix(loss=f"{np.mean(losses[-cfg.log_interval:]):.3f}", refresh=False)
             if due:
@@ -484,8 +489,8 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
                     save_model()
             if stop and iteration < cfg.max_iters:
                 bar.close()
-                print(f"interrupted at iteration {iteration:,}. The same command with --resume goes on; {X} holds the best model "
-                      "so far")
+                print(f"interrupted at iteration {iteration:,}. The same command with --resume goes on; {X} holds the "
+                      "best model so far")
                 return 130
     finally:
         signal.signal(signal.SIGINT, default_sigint)
@@ -493,8 +498,8 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
     best, _, info = load_checkpoint(X)
     save_checkpoint(X, best, chars, **{**info, "complete": True})
     state_path.unlink()
-    print(f"done in {minutes():.1f} minutes. {X} holds iteration {info['iteration']:,}, val NELBO {info['nelbo']['val']:.4f}; "
-          f"{curve_path} the curve. Now: python main.py --path={X}")
+    print(f"done in {minutes():.1f} minutes. {X} holds iteration {info['iteration']:,}, val NELBO "
+          f"{info['nelbo']['val']:.4f}; {curve_path} the curve. Now: python main.py --path={X}")
     return 0
 
 
