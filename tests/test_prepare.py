@@ -69,14 +69,6 @@ def test_bad_flags(call, tmp_path):
     assert_one_line_error(call(prepare, f"--input={tmp_path}", f"--out_dir={tmp_path}"), "directory")
 
 
-def test_large_texts_take_seconds_not_minutes(tmp_path):
-    """10 MB; a loop over characters would take longer than all other tests of this file together."""
-    content = "to be or not to be\N{SNOWMAN}\n" * 476_191
-    started = time.process_time()
-    ids, chars = prepare.encode(content)
-    assert len(ids) == len(content) and time.process_time() - started < 5
-
-
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs the real text")
 def test_tiny_shakespeare(tmp_path):
     """Run as a user does, from another folder, with input.txt beside the script."""
