@@ -7,6 +7,12 @@ The forward process: mask a random share of the text, learn to predict it back.
     python train.py --eval_only --init_from=X        # the NELBO of any checkpoint on any prepared data
     python train.py --save_filename=X --device=cpu --n_layer=2 --n_embd=64 --n_head=1 --max_iters=200   # a toy
 
+N processes (GPUs, or CPU cores) share the work of each iteration, on one machine or, each with the same line, on several
+that see the same files:
+
+    torchrun --standalone --nproc_per_node=N train.py --save_filename=X
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py --save_filename=X
+
 Beside X stand X.csv, the loss curve, and until the run is complete X.state, from which --resume continues.
 """
 
@@ -25,11 +31,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, fail, load_checkpoint, pick_device, pick_dtype, read_file, resolve_path
 from model import save_checkpoint, write_atomically
+
+# torchrun says which of the run's processes this is, over all machines and on this one
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE, LOCAL_WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def knob(default, help):
@@ -59,7 +71,7 @@ class TrainConfig:
     rope: bool = knob(True, "rotary positions; False: GPT-2's learned positions, to watch the plateau")
     # optimisation
     max_iters: int = knob(2000, "iterations, of gradient_accumulation_steps * batch_size windows each")
-    batch_size: int = knob(8, "windows per forward pass")
+    batch_size: int = knob(8, "windows per forward pass, of all processes together")
     gradient_accumulation_steps: int = knob(1, "forward passes per iteration")
     muon: bool = knob(True, "Muon for the blocks' matrices, AdamW for the rest; False: AdamW for all")
     muon_lr: float = knob(4e-3, "peak learning rate of Muon")
@@ -247,8 +259,48 @@ def lr_scale(iteration, cfg):
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def accumulate_gradient(net, mask_id, input_ids, t, u, micro_steps, autocast=nullcontext(), scaler=None):
+    """Add the gradient of the global batch's loss to net's parameters, in micro_steps passes. Each process takes the
+    rows RANK, RANK + WORLD_SIZE, ..., and the last pass averages the gradients of all. -> this process's mean loss."""
+    loss = 0.0
+    for i in range(micro_steps):
+        rows = slice(RANK + i * WORLD_SIZE, None, micro_steps * WORLD_SIZE)
+        wait = WORLD_SIZE > 1 and i < micro_steps - 1
+        with net.no_sync() if wait else nullcontext():
+            with autocast:
+                part_loss = diffusion_loss(net, input_ids[rows], mask_id, t=t[rows], u=u[rows]) / micro_steps
+            (scaler.scale(part_loss) if scaler else part_loss).backward()
+        loss += part_loss.detach()
+    return loss
+
+
 # -----------------------------------------------------------------------------
 # the run
+
+def join(name):
+    """pick_device; with several processes, give each its own GPU and connect them."""
+    device, why = pick_device(name)
+    if WORLD_SIZE > 1:
+        if device.index is not None:
+            raise ValueError(f"--device={name} is one device for {WORLD_SIZE} processes; use --device={device.type}")
+        if device.type == "cuda":
+            if LOCAL_WORLD_SIZE > torch.cuda.device_count():
+                raise ValueError(f"{LOCAL_WORLD_SIZE} processes for {torch.cuda.device_count()} GPUs; give torchrun "
+                                 "--nproc_per_node that number, or train.py --device=cpu")
+            device = torch.device("cuda", LOCAL_RANK)
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        why += f"; {WORLD_SIZE} processes"
+    return device, why
+
+
+def autocast_to(dtype, device):
+    """The context in which the model computes in dtype. Its weights stay float32."""
+    if device.type == "cpu":  # in bfloat16, plain matrix products train faster there than PyTorch's flash attention, as
+        torch.backends.cuda.enable_flash_sdp(False)  # tests/benchmarks/training.py shows; both switches hold for the
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # CPU too, whatever their name
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
 
 def back_up(X):
     """Give what an earlier run left at X a free backup name; -> that name, or None if X is free. X itself is copied:
@@ -290,6 +342,8 @@ def show_nelbo(name, nats, se):
 
 
 def evaluate_checkpoint(cfg, given):
+    if WORLD_SIZE > 1:
+        raise ValueError("--eval_only is for one process: python in place of torchrun")
     if not cfg.init_from:
         raise ValueError("--eval_only needs --init_from=X, the checkpoint to evaluate")
     path = resolve_path(cfg.init_from)
@@ -301,7 +355,7 @@ def evaluate_checkpoint(cfg, given):
     model.config.block_size = cfg.block_size
     train_data, val_data, _ = load_data(cfg, chars)
     dtype, why_dtype = pick_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    autocast = autocast_to(dtype, device)
     passes = max(8, cfg.eval_passes)
     print(f"device: {device} ({why})\ndtype: {str(dtype).removeprefix('torch.')} ({why_dtype})")
     print(f"{path}: iteration {info.get('iteration')}; {passes} passes over all whole windows of {cfg.block_size} "
@@ -327,12 +381,18 @@ def set_up(cfg, given):
     elif state_path.exists():
         print(f"found an interrupted run of {X}: --resume would continue it. This run starts afresh")
 
-    device, why_device = pick_device(cfg.device)
+    if cfg.batch_size % WORLD_SIZE:
+        raise ValueError(f"--batch_size={cfg.batch_size} is not a multiple of the {WORLD_SIZE} processes")
+    device, why_device = join(cfg.device)
     if state:
         dtype, why_dtype, why_sizes = getattr(torch, state["dtype"]), "as the interrupted run", "as the interrupted run"
         chars, weights = state["chars"], state["model"]
     else:
         dtype, why_dtype = pick_dtype(cfg.dtype, device)
+        if WORLD_SIZE > 1:  # the first process's measurement decides for all
+            choice = [dtype]
+            dist.broadcast_object_list(choice)
+            [dtype] = choice
         why_sizes = f"where no flag says otherwise: {WHY_SIZES.get(device.type, 'as on cpu')}"
         chars, weights = None, None
     if cfg.init_from and not state:
@@ -360,8 +420,9 @@ def set_up(cfg, given):
         scaler.load_state_dict(state["scaler"])
     try:  # an unwritable folder must show now, not at the first evaluation
         X.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(f"{X}.probe", lambda f: None)
-        os.unlink(f"{X}.probe")
+        if RANK == 0:
+            write_atomically(f"{X}.probe", lambda f: None)
+            os.unlink(f"{X}.probe")
     except OSError as e:
         raise OSError(f"--save_filename={X} can't be written: {e.strerror}") from e
     if device.type != "cpu" and train_data.nbytes < 2**30:  # else each batch is read from the memory map
@@ -378,19 +439,22 @@ def set_up(cfg, given):
 
 
 def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimizers, scaler, state):
-    """The loop. -> exit status."""
+    """The loop. Every process runs it; the first alone evaluates and writes. -> exit status."""
     curve_path, state_path = Path(f"{X}.csv"), Path(f"{X}.state")
     iteration, minutes_before, rows, losses = 0, 0.0, [], []
+    new_losses = []  # since the last look, on the device
     if state:
         iteration, minutes_before, rows, losses = (state[key] for key in ("iteration", "minutes", "rows", "losses"))
         print(f"resuming {X} at iteration {iteration:,}")
     started = time.perf_counter()
     files_are_ours = state is not None
-    micro_steps = cfg.gradient_accumulation_steps
-    chars_per_iter = micro_steps * cfg.batch_size * cfg.block_size
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    compiled = torch.compile(model) if cfg.compile else model
+    chars_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    autocast = autocast_to(dtype, device)
+    net = torch.compile(model) if cfg.compile else model
+    if WORLD_SIZE > 1:
+        net = DistributedDataParallel(net)
     dtype_name = str(dtype).removeprefix("torch.")
+    launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
 
     def minutes():
         return minutes_before + (time.perf_counter() - started) / 60
@@ -403,7 +467,7 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
 
     def save_model(**info):
         save_checkpoint(X, ema, chars, iteration=iteration, minutes=minutes(), device=str(device), dtype=dtype_name,
-                        hyperparameters=asdict(cfg), command=" ".join(["python train.py", *sys.argv[1:]]), **info)
+                        hyperparameters=asdict(cfg), command=" ".join([launcher, "train.py", *sys.argv[1:]]), **info)
 
     def save_state():
         make_room()
@@ -427,32 +491,27 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
         table = "".join(",".join(map(str, row)) + "\n" for row in [rows[0], *(row.values() for row in rows)])
         write_atomically(curve_path, lambda f: f.write(table.encode()))
 
-    stop = False
+    interrupted = False
 
     def on_sigint(*_):
-        nonlocal stop
-        stop = True
+        nonlocal interrupted
+        interrupted = True
         signal.signal(signal.SIGINT, default_sigint)  # a second Ctrl-C does not wait
-        bar.write("Ctrl-C: stopping after this iteration")
+        bar.write("Ctrl-C: stopping soon")
 
     bar = tqdm(total=cfg.max_iters * chars_per_iter, initial=iteration * chars_per_iter, unit="char", unit_scale=True,
-               mininterval=1 if sys.stderr.isatty() else 30)
+               mininterval=1 if sys.stderr.isatty() else 30, disable=RANK > 0)
     default_sigint = signal.signal(signal.SIGINT, on_sigint)
     try:
         while iteration < cfg.max_iters:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * lr_scale(iteration, cfg)
-            torch.manual_seed(seed_for(cfg.seed, iteration, 1))  # dropout's
-            input_ids, t, u = get_batch(train_data, cfg, iteration, device)
-            net = compiled if input_ids.shape[1] == cfg.block_size else model  # no compilation for a rare length
-            loss = 0.0
-            for i in range(micro_steps):
-                part = slice(i, None, micro_steps)  # rows i, i + micro_steps, ... of the global batch
-                with autocast:
-                    part_loss = diffusion_loss(net, input_ids[part], model.config.mask_id, t=t[part], u=u[part])
-                scaler.scale(part_loss / micro_steps).backward()
-                loss += part_loss.detach() / micro_steps
+            torch.manual_seed(seed_for(cfg.seed, iteration, 1 + RANK))  # dropout's
+            batch = get_batch(train_data, cfg, iteration, device)
+            cut = batch[0].shape[1] < cfg.block_size  # a rare length is not worth a compilation
+            with torch.compiler.set_stance("force_eager") if cfg.compile and cut else nullcontext():
+                loss = accumulate_gradient(net, model.config.mask_id, *batch, cfg.gradient_accumulation_steps, autocast, scaler)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -464,29 +523,37 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
             with torch.no_grad():
                 decay = min(cfg.ema_decay, (1 + iteration) / (10 + iteration))  # a short horizon early in the run
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            losses.append(loss)
+            new_losses.append(loss)
             iteration += 1
             bar.update(chars_per_iter)
 
             due = iteration % cfg.eval_interval == 0 or iteration == cfg.max_iters
-            if due or stop or iteration % cfg.log_interval == 0:
-                losses = [float(x) for x in losses]  # waits for the device, so not at each iteration
-                good = math.isfinite(losses[-1])
-                if due or stop:  # something will be saved
-                    good = good and all(p.isfinite().all() for p in ema.parameters())
-                if not good:
-                    bar.close()
+            if not (due or iteration % cfg.log_interval == 0 or (interrupted and WORLD_SIZE == 1)):
+                continue
+            # a look: waits for the device and, if there are more processes, for them, to agree on the losses and on a Ctrl-C
+            look = torch.stack([*new_losses, torch.tensor(float(interrupted), device=device)])
+            if WORLD_SIZE > 1:
+                dist.all_reduce(look)
+            *new_losses, stop = (look / WORLD_SIZE).tolist()
+            losses += new_losses
+            new_losses = []
+            # before anything is saved, the weights are looked at as well
+            if not math.isfinite(losses[-1]) or (due or stop) and not all(p.isfinite().all() for p in ema.parameters()):
+                bar.close()
+                if RANK == 0:
                     print(f"error: at iteration {iteration:,} the loss is {losses[-1]} and the weights are lost; what was "
                           "saved before stays. Try a lower learning rate", file=sys.stderr)
-                    return 1
-                bar.set_postfix(loss=f"{np.mean(losses[-cfg.log_interval:]):.3f}", refresh=False)
-            if due:
+                return 1
+            bar.set_postfix(loss=f"{np.mean(losses[-cfg.log_interval:]):.3f}", refresh=False)
+            if RANK == 0 and due:
                 evaluate()
                 save_state()
-            elif stop:
+            elif RANK == 0 and stop:
                 save_state()
                 if not rows:
                     save_model()
+            if WORLD_SIZE > 1 and (due or stop):
+                dist.barrier()  # for the first process to be done with that
             if stop and iteration < cfg.max_iters:
                 bar.close()
                 print(f"interrupted at iteration {iteration:,}. The same command with --resume goes on; {X} holds the "
@@ -495,6 +562,8 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
     finally:
         signal.signal(signal.SIGINT, default_sigint)
         bar.close()
+    if RANK > 0:
+        return 0
     best, _, info = load_checkpoint(X)
     save_checkpoint(X, best, chars, **{**info, "complete": True})
     state_path.unlink()
@@ -529,6 +598,8 @@ def parse_args(argv=None):
 
 
 def main():
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
         cfg, given = parse_args()
         if cfg.eval_only:
