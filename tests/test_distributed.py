@@ -1,5 +1,6 @@
 """Two processes on this machine, connected by gloo: the same gradient, the same weights, and no survivor."""
 
+import csv
 import os
 import signal
 import socket
@@ -92,6 +93,8 @@ def test_two_processes_end_with_the_same_weights_and_one_printout(two, train, tm
     one, two = (load_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
     torch.testing.assert_close(one[0].state_dict(), two[0].state_dict(), rtol=1e-3, atol=1e-5)
     assert one[2]["nelbo"]["val"] == pytest.approx(two[2]["nelbo"]["val"], abs=1e-4)
+    one_loss, two_loss = (next(csv.DictReader(open(f"{tmp_path}/{name}.pt.csv")))["loss"] for name in ("one", "two"))
+    assert float(one_loss) == pytest.approx(float(two_loss), rel=1e-4)  # the global batch's, not one process's
     assert two[2]["command"].startswith("torchrun --nproc_per_node=2 train.py ")
 
 
