@@ -70,8 +70,8 @@ class TrainConfig:
     bias: bool = knob(False, "biases in Linears and LayerNorms")
     rope: bool = knob(True, "rotary positions; False: GPT-2's learned positions, to watch the plateau")
     # optimisation
-    max_iters: int = knob(2000, "iterations, of gradient_accumulation_steps * batch_size windows each")
-    batch_size: int = knob(8, "windows per forward pass, of all processes together")
+    max_iters: int = knob(3000, "iterations, of gradient_accumulation_steps * batch_size windows each")
+    batch_size: int = knob(4, "windows per forward pass, of all processes together")
     gradient_accumulation_steps: int = knob(1, "forward passes per iteration")
     muon: bool = knob(True, "Muon for the blocks' matrices, AdamW for the rest; False: AdamW for all")
     muon_lr: float = knob(4e-3, "peak learning rate of Muon")
@@ -83,9 +83,10 @@ class TrainConfig:
     beta2: float = knob(0.99, "AdamW")
     grad_clip: float = knob(1.0, "clip the gradient to this norm; 0: don't")
     ema_decay: float = knob(0.999, "moving average of the weights; shorter early in the run; 0: none")
+    eps: float = knob(0.05, "least share of characters to mask: t in [0, 1] masks (1 - eps) * t + eps of them")
     seed: int = knob(1337, "weights, batches, masks, dropout")
     # evaluation
-    eval_interval: int = knob(500, "iterations between evaluations; X and X.state are written then")
+    eval_interval: int = knob(750, "iterations between evaluations; X and X.state are written then")
     eval_chars: int = knob(2**18, "characters of each split that an evaluation looks at, at most; --eval_only: all")
     eval_passes: int = knob(2, "masks per window and evaluation; --eval_only: at least 8")
     log_interval: int = knob(10, "iterations between looks at the loss")
@@ -97,7 +98,7 @@ class TrainConfig:
         for name, bound in least.items():
             if not getattr(self, name) >= bound:  # nan is not at least anything
                 raise ValueError(f"--{name} must be at least {bound}, not {getattr(self, name)}")
-        for name, end in (("beta1", 1), ("beta2", 1), ("ema_decay", 1), ("seed", 2**63)):
+        for name, end in (("beta1", 1), ("beta2", 1), ("ema_decay", 1), ("eps", 1), ("seed", 2**63)):
             if not 0 <= getattr(self, name) < end:
                 raise ValueError(f"--{name} must be at least 0 and less than {end}, not {getattr(self, name)}")
 
@@ -259,16 +260,18 @@ def lr_scale(iteration, cfg):
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def accumulate_gradient(net, mask_id, input_ids, t, u, micro_steps, autocast=nullcontext(), scaler=None):
-    """Add the gradient of the global batch's loss to net's parameters, in micro_steps passes. Each process takes the
-    rows RANK, RANK + WORLD_SIZE, ..., and the last pass averages the gradients of all. -> this process's mean loss."""
-    loss = 0.0
+def accumulate_gradient(net, mask_id, cfg, batch, autocast=nullcontext(), scaler=None):
+    """Add the gradient of the global batch's loss to net's parameters, in gradient_accumulation_steps passes. Each
+    process takes the rows RANK, RANK + WORLD_SIZE, ..., and the last pass averages the gradients of all. -> this
+    process's mean loss."""
+    input_ids, t, u = batch
+    micro_steps, loss = cfg.gradient_accumulation_steps, 0.0
     for i in range(micro_steps):
         rows = slice(RANK + i * WORLD_SIZE, None, micro_steps * WORLD_SIZE)
         wait = WORLD_SIZE > 1 and i < micro_steps - 1
         with net.no_sync() if wait else nullcontext():
             with autocast:
-                part_loss = diffusion_loss(net, input_ids[rows], mask_id, t=t[rows], u=u[rows]) / micro_steps
+                part_loss = diffusion_loss(net, input_ids[rows], mask_id, cfg.eps, t[rows], u[rows]) / micro_steps
             (scaler.scale(part_loss) if scaler else part_loss).backward()
         loss += part_loss.detach()
     return loss
@@ -511,7 +514,7 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
             batch = get_batch(train_data, cfg, iteration, device)
             cut = batch[0].shape[1] < cfg.block_size  # a rare length is not worth a compilation
             with torch.compiler.set_stance("force_eager") if cfg.compile and cut else nullcontext():
-                loss = accumulate_gradient(net, model.config.mask_id, *batch, cfg.gradient_accumulation_steps, autocast, scaler)
+                loss = accumulate_gradient(net, model.config.mask_id, cfg, batch, autocast, scaler)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)

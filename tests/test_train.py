@@ -166,11 +166,12 @@ def test_ids_above_32767_survive_the_int16_view():
 def test_accumulation_gives_the_gradient_of_the_whole_batch(data_dir):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=100, n_layer=1, n_head=1, n_embd=8))
-    cfg = TrainConfig(data_dir=str(data_dir), batch_size=8, block_size=16)
-    input_ids, t, u = get_batch(load_data(cfg)[0], cfg, 0, "cpu")
-    whole = torch.autograd.grad(diffusion_loss(model, input_ids, 99, t=t, u=u), list(model.parameters()))
-    parts = sum(diffusion_loss(model, input_ids[i::4], 99, t=t[i::4], u=u[i::4]) / 4 for i in range(4))
-    torch.testing.assert_close(torch.autograd.grad(parts, list(model.parameters())), whole)
+    cfg = TrainConfig(data_dir=str(data_dir), batch_size=2, gradient_accumulation_steps=4, block_size=16, eps=0.1)
+    batch = get_batch(load_data(cfg)[0], cfg, 0, "cpu")
+    whole = diffusion_loss(model, batch[0], 99, 0.1, *batch[1:])
+    mean = train_script.accumulate_gradient(model, 99, cfg, batch)
+    torch.testing.assert_close(mean, whole.detach())
+    torch.testing.assert_close(tuple(p.grad for p in model.parameters()), torch.autograd.grad(whole, list(model.parameters())))
 
 
 @pytest.mark.parametrize("muon", [True, False])

@@ -45,7 +45,7 @@ def seconds_to(target, cap, cfg, get_batch):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * t.lr_scale(iteration, cfg)
         batch = get_batch(train_data, cfg, iteration, device)
-        t.accumulate_gradient(model, model.config.mask_id, *batch, cfg.gradient_accumulation_steps, autocast)
+        t.accumulate_gradient(model, model.config.mask_id, cfg, batch, autocast)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--cap", type=float, default=900, help="seconds")
     args = parser.parse_args()
     ours, _ = t.parse_args([])
-    plain, _ = t.parse_args(["--rope=False", "--muon=False", "--learning_rate=1e-3", "--dtype=float32"])
+    plain, _ = t.parse_args(["--rope=False", "--muon=False", "--learning_rate=1e-3", "--dtype=float32", "--eps=1e-3"])
     print(f"seconds of training to a validation NELBO of {args.target} nats per character; {torch.get_num_threads()} threads")
     print(f"{ours.n_layer} layers x {ours.n_embd} wide, {ours.batch_size} windows of {ours.block_size} per iteration")
     print("train.py's defaults:", seconds_to(args.target, args.cap, ours, t.get_batch), flush=True)

@@ -84,7 +84,7 @@ def main():
         loss.item()
 
     def gradient():
-        accumulate_gradient(net, mask_id, *get_batch(data, cfg, 0, device), cfg.gradient_accumulation_steps, autocast)
+        accumulate_gradient(net, mask_id, cfg, get_batch(data, cfg, 0, device), autocast)
 
     def update(optimizers):
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
