@@ -155,7 +155,7 @@ class GPT(nn.Module):
 
 def resolve_path(name):
     """The file a user means by X: exactly X, with .pt added if it has no suffix."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.name:
         raise ValueError(f"{str(name)!r} is not the name of a checkpoint file")
     return path if path.suffix else path.with_name(path.name + ".pt")
@@ -239,7 +239,8 @@ def pick_device(name="auto"):
         raise ValueError(f"--device={name}: PyTorch finds {count} CUDA devices here; try --device=cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device=mps: PyTorch finds no Metal device here; try --device=cpu")
-    return torch.device(name), "as asked" if kind != "mps" else "as asked; unmask was never tested on mps"
+    why = "as asked" if kind != "mps" else "as asked; unmask was never tested on mps"
+    return torch.device(f"{kind}:{int(number)}" if number else kind), why
 
 
 def pick_dtype(name, device):

@@ -611,7 +611,10 @@ def main():
     except (OSError, ValueError) as e:
         fail(e)
     try:
-        sys.exit(train(*run) if run else 0)
+        status = train(*run) if run else 0
+        if run and WORLD_SIZE > 1:
+            dist.destroy_process_group()
+        sys.exit(status)
     except torch.OutOfMemoryError:
         fail("the device is out of memory: try a smaller --batch_size, with more --gradient_accumulation_steps")
     except OSError as e:

@@ -206,6 +206,7 @@ def test_kill_during_save_never_breaks_the_file(tmp_path):
 def test_resolve_path():
     assert resolve_path("a/model") == resolve_path("a/model.pt")
     assert resolve_path("a/model.ckpt").name == "model.ckpt"
+    assert resolve_path("~/x") != resolve_path("~nobody-here/x") and resolve_path("~nobody-here/x").name == "x.pt"
 
 
 # -----------------------------------------------------------------------------
