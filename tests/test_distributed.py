@@ -28,6 +28,7 @@ calls = []
 net.register_comm_hook(None, lambda _, bucket: calls.append(bucket) or allreduce_hook(None, bucket))
 train.accumulate_gradient(net, 65, cfg, train.get_batch(torch.arange(999) % 65, cfg, 0, device))
 torch.save([[p.grad for p in net.parameters()], len(calls)], f"{sys.argv[1]}/{train.RANK}")
+torch.distributed.destroy_process_group()
 """
 
 RUN = """
@@ -91,7 +92,7 @@ def test_two_processes_end_with_the_same_weights_and_one_printout(two, train, tm
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     assert train("--max_iters=10", "--gradient_accumulation_steps=2", f"--save_filename={tmp_path / 'one.pt'}").code == 0
     one, two = (load_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
-    torch.testing.assert_close(one[0].state_dict(), two[0].state_dict(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(one[0].state_dict(), two[0].state_dict(), rtol=1e-3, atol=1e-4)  # Muon rounds to bfloat16
     assert one[2]["nelbo"]["val"] == pytest.approx(two[2]["nelbo"]["val"], abs=1e-4)
     one_loss, two_loss = (next(csv.DictReader(open(f"{tmp_path}/{name}.pt.csv")))["loss"] for name in ("one", "two"))
     assert float(one_loss) == pytest.approx(float(two_loss), rel=1e-4)  # the global batch's, not one process's
