@@ -34,6 +34,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False      # biases in the Linears and LayerNorms, like GPT-2; False is a little faster and as good
     rope: bool = True       # rotary positions; False: GPT-2's learned absolute positions, which start to learn late
+    causal: bool = False    # True: a position sees those before it only: autoregression, for comparison
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -62,11 +63,11 @@ def rotate(x, cos, sin):
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None, start=0):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
         qk, v = qkv.split([2 * self.n_head, self.n_head], dim=2)
@@ -74,8 +75,13 @@ class SelfAttention(nn.Module):
             qk = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype))
         q, k = qk.chunk(2, dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each (B, n_head, T, head_dim)
-        # no is_causal=True: this is the whole difference between a GPT and a mask predictor
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        if cache is not None:  # (2, B, n_head, S, head_dim): the keys and values of all S positions, as far as known
+            cache[:, :, :, start:start + T] = torch.stack([k, v])
+            k, v = cache[:, :, :, :start + T] if self.causal else cache
+        # causal=False: this is the whole difference between a GPT and a mask predictor
+        seen = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start) if self.causal and start else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=self.causal and not start,
+                                           dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -100,8 +106,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn(self.ln_1(x), cos, sin)
+    def forward(self, x, cos, sin, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), cos, sin, cache, start)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -132,21 +138,28 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx):
+    def make_cache(self, B, S):
+        """Room for the keys and values of B sequences of S positions, (n_layer, 2, B, n_head, S, head_dim)."""
+        c = self.config
+        return self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head)
+
+    def forward(self, idx, cache=None, start=0):
         """idx (B, T) long, [MASK] where the character is to be predicted -> logits (B, T, vocab_size).
-        The last logit, [MASK]'s own, is never an answer: use logits[..., :mask_id]. T > block_size: ValueError."""
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} is longer than the model's block_size={self.config.block_size}")
+        The last logit, [MASK]'s own, is never an answer: use logits[..., :mask_id]. T > block_size: ValueError.
+        With a cache from make_cache, idx holds the positions start, start + 1, ... only: their keys and values are
+        written into it, and they see all that is in it (up to themselves if causal)."""
+        end = start + idx.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"a sequence of {end} is longer than the model's block_size={self.config.block_size}")
         x = self.wte(idx)  # (B, T, n_embd)
         cos = sin = None
         if self.wpe is None:
-            cos, sin = self.cos[:T], self.sin[:T]
+            cos, sin = self.cos[start:end], self.sin[start:end]
         else:
-            x = x + self.wpe.weight[:T]
+            x = x + self.wpe.weight[start:end]
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.h:
-            x = block(x, cos, sin)
+        for i, block in enumerate(self.h):
+            x = block(x, cos, sin, None if cache is None else cache[i], start)
         return F.linear(self.ln_f(x), self.wte.weight)  # tied head: (B, T, vocab_size)
 
 

@@ -68,6 +68,7 @@ class TrainConfig:
     n_embd: int = knob(256, "width of the residual stream")
     dropout: float = knob(0.0, "for runs of many epochs, say 0.1 or 0.2; slow on a CPU")
     bias: bool = knob(False, "biases in Linears and LayerNorms")
+    causal: bool = knob(False, "the autoregressive twin: causal attention, next-character loss")
     rope: bool = knob(True, "rotary positions; False: GPT-2's learned positions, to watch the plateau")
     # optimisation
     max_iters: int = knob(3000, "iterations, of gradient_accumulation_steps * batch_size windows each")
@@ -142,6 +143,17 @@ def diffusion_loss(model, input_ids, mask_id, eps=1e-3, t=None, u=None):
     return (losses * masked_indices / p_mask).sum() / input_ids.numel()
 
 
+def next_token_losses(model, input_ids, mask_id):
+    """The twin reads [MASK] + x[:-1] and predicts x: every character is scored, the first one too. (B, T)."""
+    return token_losses(model, F.pad(input_ids[:, :-1], (1, 0), value=mask_id), input_ids, mask_id)
+
+
+def autoregressive_loss(model, input_ids, mask_id):
+    """What a GPT (causal=True) learns instead: -log p of each character given those before it, exactly. A scalar, in
+    nats per character."""
+    return next_token_losses(model, input_ids, mask_id).mean()
+
+
 @torch.no_grad()
 def estimate_nelbo(model, data, passes=8, batch_size=64, seed=0, autocast=nullcontext()):
     """The bound, measured with little noise (LLaDA eq. 14; arXiv 2409.02908 eq. 7): mask exactly n of a window's L
@@ -167,6 +179,19 @@ def estimate_nelbo(model, data, passes=8, batch_size=64, seed=0, autocast=nullco
             total += ((losses * mask).sum(dim=1).cpu().double() / n[w]).sum().item()
         means.append(total / W)
     return float(np.mean(means)), float(np.std(means, ddof=1) / math.sqrt(passes))
+
+
+@torch.no_grad()
+def estimate_nll(model, data, batch_size=64, autocast=nullcontext()):
+    """estimate_nelbo's counterpart for the causal twin, on the same windows, but exact: -> (mean over the windows, and its
+    standard error), in nats per character."""
+    L, device = model.config.block_size, next(model.parameters()).device
+    windows = []
+    for starts in torch.arange(0, len(data) - L + 1, L).split(batch_size):
+        with autocast:
+            windows.append(next_token_losses(model, gather(data, starts, L, device), model.config.mask_id).mean(dim=1))
+    windows = torch.cat(windows).double()                                                             # (W,)
+    return float(windows.mean()), float(windows.std() / math.sqrt(len(windows)))
 
 
 # -----------------------------------------------------------------------------
@@ -271,7 +296,10 @@ def accumulate_gradient(net, mask_id, cfg, batch, autocast=nullcontext(), scaler
         wait = WORLD_SIZE > 1 and i < micro_steps - 1
         with net.no_sync() if wait else nullcontext():
             with autocast:
-                part_loss = diffusion_loss(net, input_ids[rows], mask_id, cfg.eps, t[rows], u[rows]) / micro_steps
+                if cfg.causal:
+                    part_loss = autoregressive_loss(net, input_ids[rows], mask_id) / micro_steps
+                else:
+                    part_loss = diffusion_loss(net, input_ids[rows], mask_id, cfg.eps, t[rows], u[rows]) / micro_steps
             (scaler.scale(part_loss) if scaler else part_loss).backward()
         loss += part_loss.detach()
     return loss
@@ -339,9 +367,20 @@ def load_state(path, given):
     return state, cfg
 
 
-def show_nelbo(name, nats, se):
+def measure_of(config):
+    return "NLL" if config.causal else "NELBO"
+
+
+def measure(model, data, passes, autocast):
+    """-> (nats per character, standard error): the bound or, for the causal twin, the exact value."""
+    if model.config.causal:
+        return estimate_nll(model, data, autocast=autocast)
+    return estimate_nelbo(model, data, passes, autocast=autocast)
+
+
+def show(config, name, nats, se):
     ln2 = math.log(2)
-    return f"{name} NELBO {nats:.4f} +- {se:.4f} nats/char ({nats / ln2:.4f} +- {se / ln2:.4f} bits)"
+    return f"{name} {measure_of(config)} {nats:.4f} +- {se:.4f} nats/char ({nats / ln2:.4f} +- {se / ln2:.4f} bits)"
 
 
 def evaluate_checkpoint(cfg, given):
@@ -364,7 +403,7 @@ def evaluate_checkpoint(cfg, given):
     print(f"{path}: iteration {info.get('iteration')}; {passes} passes over all whole windows of {cfg.block_size} "
           "characters")
     for split, data in (("val", val_data), ("train", train_data)):
-        print(show_nelbo(f"{split:5}", *estimate_nelbo(model, data, passes, autocast=autocast)), flush=True)
+        print(show(model.config, f"{split:5}", *measure(model, data, passes, autocast)), flush=True)
 
 
 def set_up(cfg, given):
@@ -401,7 +440,7 @@ def set_up(cfg, given):
     if cfg.init_from and not state:
         base, chars, _ = load_checkpoint(resolve_path(cfg.init_from))
         weights, why_sizes = base.state_dict(), f"those of {cfg.init_from}"
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "bias", "rope"):
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "bias", "rope", "causal"):
             size = getattr(base.config, name)
             if given.get(name, size) != size:
                 raise ValueError(f"--{name}={given[name]} is not what {cfg.init_from} has ({size})")
@@ -409,7 +448,7 @@ def set_up(cfg, given):
     train_data, val_data, chars = load_data(cfg, chars)
     torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig(block_size=cfg.block_size, vocab_size=len(chars) + 1, n_layer=cfg.n_layer, n_head=cfg.n_head,
-                          n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias, rope=cfg.rope))
+                          n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias, rope=cfg.rope, causal=cfg.causal))
     if weights:
         model.load_state_dict(weights)
     model.to(device)
@@ -483,8 +522,8 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
     def evaluate():
         n, nelbo = min(len(val_data), cfg.eval_chars), {}
         for split, data in (("train", train_data[:n]), ("val", val_data[:n])):
-            nelbo[split], nelbo[split + "_se"] = estimate_nelbo(ema, data, cfg.eval_passes, autocast=autocast)
-            bar.write(f"iteration {iteration}: " + show_nelbo(split, nelbo[split], nelbo[split + "_se"]))
+            nelbo[split], nelbo[split + "_se"] = measure(ema, data, cfg.eval_passes, autocast)
+            bar.write(f"iteration {iteration}: " + show(ema.config, split, nelbo[split], nelbo[split + "_se"]))
         make_room()
         if not rows or not X.exists() or nelbo["val"] < min(row["val"] for row in rows):
             save_model(nelbo=nelbo)
@@ -570,7 +609,7 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
     best, _, info = load_checkpoint(X)
     save_checkpoint(X, best, chars, **{**info, "complete": True})
     state_path.unlink()
-    print(f"done in {minutes():.1f} minutes. {X} holds iteration {info['iteration']:,}, val NELBO "
+    print(f"done in {minutes():.1f} minutes. {X} holds iteration {info['iteration']:,}, val {measure_of(best.config)} "
           f"{info['nelbo']['val']:.4f}; {curve_path} the curve. Now: python main.py --path={X}")
     return 0
 

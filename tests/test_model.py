@@ -81,7 +81,7 @@ def test_dropout_is_where_gpt2_has_it_and_in_training_only(monkeypatch):
     dropout, attention = F.dropout, F.scaled_dot_product_attention
     monkeypatch.setattr(F, "dropout", lambda x, p, training: used.append(p * training) or dropout(x, p, training))
     monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda *qkv, dropout_p: used.append(dropout_p) or attention(*qkv, dropout_p=dropout_p))
+                        lambda *qkv, dropout_p, **kw: used.append(dropout_p) or attention(*qkv, dropout_p=dropout_p, **kw))
     model, idx = tiny(dropout=0.5), torch.zeros(1, 12, dtype=torch.long)
     assert not torch.equal(model(idx), model(idx)) and used == [0.5] * 2 * (1 + 3 * 2)
     model.eval()
