@@ -367,20 +367,16 @@ def load_state(path, given):
     return state, cfg
 
 
-def measure_of(config):
-    return "NLL" if config.causal else "NELBO"
-
-
 def measure(model, data, passes, autocast):
-    """-> (nats per character, standard error): the bound or, for the causal twin, the exact value."""
+    """-> (its name, nats per character, standard error): the bound or, of the causal twin, the exact value."""
     if model.config.causal:
-        return estimate_nll(model, data, autocast=autocast)
-    return estimate_nelbo(model, data, passes, autocast=autocast)
+        return "NLL", *estimate_nll(model, data, autocast=autocast)
+    return "NELBO", *estimate_nelbo(model, data, passes, autocast=autocast)
 
 
-def show(config, name, nats, se):
+def show(split, name, nats, se):
     ln2 = math.log(2)
-    return f"{name} {measure_of(config)} {nats:.4f} +- {se:.4f} nats/char ({nats / ln2:.4f} +- {se / ln2:.4f} bits)"
+    return f"{split} {name} {nats:.4f} +- {se:.4f} nats/char ({nats / ln2:.4f} +- {se / ln2:.4f} bits)"
 
 
 def evaluate_checkpoint(cfg, given):
@@ -403,7 +399,7 @@ def evaluate_checkpoint(cfg, given):
     print(f"{path}: iteration {info.get('iteration')}; {passes} passes over all whole windows of {cfg.block_size} "
           "characters")
     for split, data in (("val", val_data), ("train", train_data)):
-        print(show(model.config, f"{split:5}", *measure(model, data, passes, autocast)), flush=True)
+        print(show(f"{split:5}", *measure(model, data, passes, autocast)), flush=True)
 
 
 def set_up(cfg, given):
@@ -522,8 +518,8 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
     def evaluate():
         n, nelbo = min(len(val_data), cfg.eval_chars), {}
         for split, data in (("train", train_data[:n]), ("val", val_data[:n])):
-            nelbo[split], nelbo[split + "_se"] = measure(ema, data, cfg.eval_passes, autocast)
-            bar.write(f"iteration {iteration}: " + show(ema.config, split, nelbo[split], nelbo[split + "_se"]))
+            name, nelbo[split], nelbo[split + "_se"] = measure(ema, data, cfg.eval_passes, autocast)
+            bar.write(f"iteration {iteration}: " + show(split, name, nelbo[split], nelbo[split + "_se"]))
         make_room()
         if not rows or not X.exists() or nelbo["val"] < min(row["val"] for row in rows):
             save_model(nelbo=nelbo)
@@ -609,8 +605,8 @@ def train(cfg, X, device, dtype, train_data, val_data, chars, model, ema, optimi
     best, _, info = load_checkpoint(X)
     save_checkpoint(X, best, chars, **{**info, "complete": True})
     state_path.unlink()
-    print(f"done in {minutes():.1f} minutes. {X} holds iteration {info['iteration']:,}, val {measure_of(best.config)} "
-          f"{info['nelbo']['val']:.4f}; {curve_path} the curve. Now: python main.py --path={X}")
+    print(f"done in {minutes():.1f} minutes. {X} holds iteration {info['iteration']:,}, {info['nelbo']['val']:.4f} "
+          f"nats/char on validation; {curve_path} the curve. Now: python main.py --path={X}")
     return 0
 
 

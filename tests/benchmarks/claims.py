@@ -72,8 +72,8 @@ def likelihood(models, splits, autocast):
     rows = {}
     for name, model in models.items():
         rows[name] = {split: train.measure(model, data, 8, autocast) for split, data in splits.items()}
-        (t, t_se), (v, v_se) = rows[name]["train"], rows[name]["val"]
-        print(f"| {name}: {train.measure_of(model.config)} | {t:.4f} ± {t_se:.4f} | {v:.4f} ± {v_se:.4f} | "
+        (measure, t, t_se), (_, v, v_se) = rows[name]["train"], rows[name]["val"]
+        print(f"| {name}: {measure} | {t:.4f} ± {t_se:.4f} | {v:.4f} ± {v_se:.4f} | "
               f"{v / math.log(2):.4f} |", flush=True)
     return rows
 
