@@ -6,7 +6,8 @@ What does diffusion change? The claims, measured beside the autoregressive twin:
     python tests/benchmarks/claims.py --diffusion=D --twin=T --judge=J --pages=64 --json=claims.json --picture=claims.png
 
 Tiny Shakespeare must be prepared. The judge is a twin of another seed and size. Each number comes with its standard error: over
-windows, or over groups of 8 pages (see metrics.py). Everything is printed as tables for the README and written to --json.
+windows, or over groups of 8 pages (see metrics.py). Everything is printed as tables for the README and written to --json;
+--picture needs matplotlib: pip install ".[picture]".
 """
 
 import argparse
@@ -179,16 +180,20 @@ def draw(rows, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 5))
-    for who, marker in (("twin", "o-"), ("diffusion", "s")):
-        points = [(r["distinct 4-grams"][0], r["judged nats"][0], r["name"]) for r in rows if r.get("who") == who]
-        ax.plot(*list(zip(*points))[:2], marker, label=who)
-        for x, y, name in points:
-            ax.annotate(name.replace("temperature ", "").replace("twin, ", ""), (x, y), fontsize=6, xytext=(3, 3),
+    fig, ax = plt.subplots(figsize=(8, 5))
+    for who, label, style in (("twin", "twin", "o-"), ("diffusion", "low_confidence", "s"), ("diffusion", "random", "^")):
+        points = sorted((r["distinct 4-grams"][0], r["judged nats"][0], r["name"]) for r in rows
+                        if r.get("who") == who and r["name"].startswith(label))
+        ax.plot(*list(zip(*points))[:2], style, label=who if who == label else f"{who}, {label}")
+        for i, (x, y, name) in enumerate(points):
+            text = name.removeprefix(f"{label}, temperature ").split(" steps")[0]
+            ax.annotate(text, (x, y), fontsize=7, xytext=(7 if i % 2 else -7, -3), ha="left" if i % 2 else "right",
                         textcoords="offset points")
     real = rows[0]
     ax.plot(real["distinct 4-grams"][0], real["judged nats"][0], "k*", markersize=14, label="real text")
-    ax.set(xlabel="distinct 4-grams (share, 8 pages of 256 characters)", ylabel="judged nats per character")
+    ax.set(xlabel="distinct 4-grams (share, 8 pages of 256 characters)", ylabel="judged nats per character",
+           title="at each point: temperature and, of diffusion, steps")
+    ax.margins(x=0.15)
     ax.legend()
     fig.tight_layout()
     fig.savefig(path, dpi=150)
@@ -203,7 +208,7 @@ def main():
     parser.add_argument("--pages", type=int, default=32, help="pages per setting, a multiple of 16")
     parser.add_argument("--windows", type=int, default=64, help="windows with holes; four times as many for the spans")
     parser.add_argument("--json", default="claims.json")
-    parser.add_argument("--picture", help="draw the frontier to this file (needs matplotlib)")
+    parser.add_argument("--picture", help="draw the frontier to this file")
     args = parser.parse_args()
     if args.minutes:
         train_all(args)
