@@ -2,82 +2,130 @@
 The reverse process: start from masks, unmask step by step, show text.
 
     python main.py                                        # the shipped model writes a page of Shakespeare
-    python main.py --path=X --prompt="ROMEO:" --num_samples=3
-    python main.py --steps=64                             # faster and rougher
-    python main.py --remasking=random --temperature=1 --block_length=256   # the model's own distribution, exactly
+    python main.py --prompt="ROMEO:" --num_samples=3 --animate             # watch it in the terminal
+    python main.py --infill="To be, or ______: that is the ________:"      # holes anywhere; from a file or - as well
+    python main.py --gen_length=2000 --html=run.html      # longer than the model's block; a page that replays the run
+    python main.py --remask=0 --temperature=1 --steps=256 # the model's own distribution, exactly
     python main.py --path=twin                            # a model of train.py --causal writes from left to right
 
 The text goes to stdout and nothing else does: python main.py > page.txt keeps just the text.
 """
 
 import argparse
+import json
+import math
+import os
+import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model import fail, load_checkpoint, pick_device, resolve_path
+from model import fail, load_checkpoint, pick_device, pick_dtype, resolve_path, write_atomically
 
 SHIPPED = Path(__file__).resolve().parent / "pretrained_gpt_last.pt"
+REMASKING = ("random", "dilated", "low_confidence")
+TEMPLATE = Path(__file__).resolve().parent / "assets" / "replay.html"
+
+
+# -----------------------------------------------------------------------------
+# the reverse process
+
+def uniform(shape, generator):
+    """Draws in (0, 1) in float64. With a list of generators, row i's come from generator[i] alone."""
+    if isinstance(generator, list):
+        draws = torch.stack([torch.rand(shape[1:], dtype=torch.float64, generator=g) for g in generator])
+    else:
+        draws = torch.rand(shape, dtype=torch.float64, generator=generator)
+    return draws.clamp_min(1e-300)
+
+
+def gumbel(shape, generator):
+    """Gumbel noise: the argmax of log p + noise is a sample of p. In float64: in float32 the noise is cut off at the top,
+    which lowers the temperature (arXiv 2409.02908)."""
+    return -torch.log(-torch.log(uniform(shape, generator)))
 
 
 def sample(logits, temperature, generator):
-    """logits (B, T, V) -> (B, T) tokens, ~ softmax(logits / temperature). Gumbel-max, in float64: in float32 the noise is
-    cut off at the top, which lowers the temperature (arXiv 2409.02908)."""
+    """logits (B, T, V) -> (B, T) tokens, ~ softmax(logits / temperature)."""
     if not 0 <= temperature < torch.inf:
         raise ValueError(f"temperature must be finite and at least 0, not {temperature}")
-    uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator).clamp_min(1e-300)
-    gumbel = -torch.log(-torch.log(uniform)).to(logits.device)
-    return (logits.double() + temperature * gumbel).argmax(dim=-1)
+    return (logits.double() + temperature * gumbel(logits.shape, generator).to(logits.device)).argmax(dim=-1)
+
+
+def highest(score, count):
+    """score (B, T), count (B, 1) -> (B, T) bool: where the count highest of each row stand."""
+    return score.argsort(dim=1, descending=True).argsort(dim=1) < count
 
 
 @torch.no_grad()
 def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_length=None, cfg_scale=0.0,
-           generator=None):
-    """LLaDA's reverse process (arXiv 2502.09992, algorithms 4 and 5): at each step predict every masked token, keep
-    some of the predictions and leave the rest masked. An iterator: yields a fresh (B, T) state after every step, and
-    ends when no mask is left.
+           remask=0.0, generator=None):
+    """The reverse process (LLaDA, arXiv 2502.09992, algorithms 4 and 5): at each step predict every masked token, keep
+    some of the predictions and leave the rest masked; then, with remask, second thoughts. An iterator: yields a fresh
+    (B, T) state after every step, and ends when no mask is left.
 
     model: any callable (B, T) long -> (B, T, vocab_size) logits. x (B, T) long holds mask_id wherever text is wanted:
     after a prompt, in the middle of a sentence, everywhere. What is not mask_id is never changed.
     steps: forward passes; the tokens are spread over them evenly, and no pass is spent on none.
     temperature: 0 takes the likeliest token, 1 samples from the model.
-    remasking: which predictions are kept: random ones or, for low_confidence, the likeliest ones.
+    remasking: which predictions are kept: random ones; dilated: random ones too, but those of a step stand far apart, since
+    neighbours depend on each other most (as DUS, arXiv 2506.19037, by the golden ratio); low_confidence: the likeliest ones.
     block_length: write this many masks, from the left, before the next ones; a pass that has tokens to spare at the
     end of a block begins the next.
     cfg_scale > 0: classifier-free guidance, away from what the model says without the given tokens.
-    generator: a CPU torch.Generator; the same one gives the same text.
-    ValueError, at the first step, for values that make no sense."""
+    remask > 0: the first half of the steps writes a draft. Each of the others masks again what the model was least sure
+    of when it wrote it, and writes that anew: first this share of the tokens, then less and less (ReMDM, arXiv 2503.00307,
+    by confidence, in the manner of Mask-Predict, arXiv 1904.09324). Steps beyond two per token then go on to help.
+    generator: a CPU torch.Generator, or a list of one per row: then no row depends on how many others there are.
+    ValueError, at the step, for values that make no sense and for a model that answers with no distribution."""
     if steps < 1 or (block_length is not None and block_length < 1):
         raise ValueError(f"steps and block_length must be at least 1; not {steps=}, {block_length=}")
     if not 0 <= cfg_scale < torch.inf:
         raise ValueError(f"cfg_scale must be finite and at least 0, not {cfg_scale}")
-    if remasking not in ("random", "low_confidence"):
-        raise ValueError(f"remasking must be random or low_confidence, not {remasking}")
-    work = torch.device("cpu") if x.device.type == "mps" else x.device                 # mps has no float64
-    given = x != mask_id
-    n_masks = (~given).sum(dim=1, keepdim=True).to(work)                               # (B, 1)
-    block = ((~given).cumsum(dim=1) - 1).to(work) // (block_length or x.shape[1])      # (B, T) from the left
-    steps = min(steps, int(n_masks.max()))
+    if not 0 <= remask <= 1:
+        raise ValueError(f"remask must be in 0 to 1, not {remask}")
+    if remasking not in REMASKING:
+        raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, not {remasking}")
+    device = x.device
+    work = torch.device("cpu") if device.type == "mps" else device                     # mps has no float64
+    given = (x != mask_id).to(work)                                                    # (B, T)
+    n_masks = (~given).sum(dim=1, keepdim=True)                                        # (B, 1)
+    block = ((~given).cumsum(dim=1) - 1) // (block_length or x.shape[1])               # (B, T) from the left
+    draft = min((steps + 1) // 2 if remask else steps, int(n_masks.max()))
+    steps = steps if remask and draft else draft
+    if remasking == "dilated":  # of the multiples of the golden ratio, modulo 1, two that are close have numbers that are not
+        order = (torch.arange(x.shape[1]) * (math.sqrt(5) - 1) / 2 + uniform((len(x), 1), generator)) % 1
+    else:
+        order = uniform(x.shape, generator)                                            # (B, T)
+    order = order.to(work)
+    sureness = torch.full(x.shape, torch.inf, dtype=torch.float64, device=work)        # of each token when it was written
     for step in range(steps):
+        if step >= draft:
+            count = (remask * (steps - step) / (steps - draft) * n_masks).ceil()       # (B, 1) tokens to write anew
+            doubt = gumbel(x.shape, generator).to(work) - sureness.log()
+            x = torch.where(highest(doubt.masked_fill(given, -torch.inf), count).to(device), mask_id, x)
         if cfg_scale > 0:
-            logits, blind = model(torch.cat([x, torch.where(given, mask_id, x)])).chunk(2)
-            logits = blind + (1 + cfg_scale) * (logits - blind)
+            logits, blind = model(torch.cat([x, torch.where(given.to(device), mask_id, x)])).chunk(2)
+            logits = torch.where(logits.isneginf(), logits, blind + (1 + cfg_scale) * (logits - blind))
         else:
             logits = model(x)
         logits = logits[..., :mask_id].to(work).double()                               # (B, T, mask_id)
+        masked = (x == mask_id).to(work)
+        if not (logits.logsumexp(dim=-1).isfinite() | ~masked).all():
+            raise ValueError("the model's logits are no distribution: NaN, +inf, or -inf for every token")
         x0 = sample(logits, temperature, generator)                                    # (B, T)
-        if remasking == "random":
-            confidence = torch.rand(x.shape, dtype=torch.float64, generator=generator).to(work)
-        else:
-            confidence = logits.softmax(dim=-1).gather(-1, x0[..., None]).squeeze(-1)
-        confidence = (confidence - 2 * block).masked_fill((x != mask_id).to(work), -torch.inf)  # earlier blocks first
-        rank = confidence.argsort(dim=1, descending=True).argsort(dim=1)               # (B, T), 0 is the surest
-        count = (step + 1) * n_masks // steps - step * n_masks // steps                # (B, 1) tokens to keep now
-        x = torch.where((rank < count).to(x.device), x0.to(x.device), x)
+        p = logits.softmax(dim=-1).gather(-1, x0[..., None]).squeeze(-1)               # (B, T)
+        confidence = p if remasking == "low_confidence" else order
+        confidence = (confidence - 2 * block).masked_fill(~masked, -torch.inf)         # earlier blocks first
+        written = n_masks * min(step + 1, draft) // draft                              # (B, 1) after this step
+        keep = highest(confidence, written - n_masks + masked.sum(dim=1, keepdim=True))
+        x = torch.where(keep.to(device), x0.to(device), x)
+        sureness = torch.where(keep, p, sureness)
         yield x
 
 
@@ -96,27 +144,90 @@ def write_left_to_right(model, x, mask_id, temperature=1.0, generator=None):
         yield x
 
 
+def write_pages(write, x, mask_id, block_size, steps):
+    """Pages of any length: a window slides along, with up to half of it before the first mask, and what is written in
+    one is context for the next. write(window, steps) -> an iterator of states, such as unmask, for a window of at most
+    block_size. x (B, T) long; steps: for all windows together. Yields a fresh (B, T) state after every step."""
+    total = int((x == mask_id).sum(dim=1).max())
+    while (x == mask_id).any():
+        first = int((x == mask_id).any(dim=0).int().argmax())
+        start = max(0, min(first - block_size // 2, x.shape[1] - block_size))
+        window = x[:, start:start + block_size]
+        share = int((window == mask_id).sum(dim=1).max()) / total
+        for state in write(window, max(1, round(steps * share))):
+            x = torch.cat([x[:, :start], state, x[:, start + block_size:]], dim=1)
+            yield x
+
+
+# -----------------------------------------------------------------------------
+# something to watch
+
+@contextmanager
+def own_screen():
+    """The terminal's second screen, without a cursor and without wrapping; whatever happens, the first one comes back."""
+    try:
+        sys.stdout.write("\x1b[?1049h\x1b[?25l\x1b[?7l")
+        yield
+    finally:
+        sys.stdout.write("\x1b[?7h\x1b[?25h\x1b[?1049l")
+        sys.stdout.flush()
+
+
+def frame(row, before, mask_id, chars, width, height):
+    """What the terminal shows of a page: row and before, (T,) lists of ids now and a step ago; what is fresh is highlighted,
+    and of a page that is too tall there are the lines around it."""
+    lines, column, middle = [""], 0, None
+    for now, old in zip(row, before):
+        char = "░" if now == mask_id else chars[now]
+        if now != old and middle is None:
+            middle = len(lines)
+        if char == "\n" or column == width:
+            lines.append("")
+            column = 0
+        if char != "\n":
+            char = char if char.isprintable() else "·"
+            lines[-1] += f"\x1b[30;43m{char}\x1b[0m" if now != old else f"\x1b[2m{char}\x1b[0m" if now == mask_id else char
+            column += 1
+    top = max(0, min((middle or 0) - height // 2, len(lines) - height))
+    return "\x1b[H" + "\r\n".join(line + "\x1b[K" for line in lines[top:top + height]) + "\x1b[J"
+
+
+def save_replay(path, states, mask_id, chars):
+    """Write one self-contained page that replays a run: states, a list of (B, T) tensors, the first one before step 1."""
+    start = [[None if i == mask_id else chars[i] for i in row] for row in states[0].tolist()]
+    steps = [[(b, i, chars[after[b, i]]) for b, i in (after != before).nonzero().tolist()]
+             for before, after in zip(states, states[1:])]
+    run = json.dumps(dict(start=start, steps=steps), separators=(",", ":")).replace("<", "\\u003c")  # no tag can begin
+    html = TEMPLATE.read_text(encoding="utf-8").replace("{{RUN}}", run)
+    write_atomically(path, lambda f: f.write(html.encode()))
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = fail  # one line, without the usage
-    parser.add_argument("--path", default=SHIPPED, help="checkpoint, with or without .pt (default: the shipped one)")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
-    parser.add_argument("--num_samples", type=int, default=1, help="pages, written together (default: 1)")
-    parser.add_argument("--gen_length", type=int,
-                        help="characters to write (default: what is left of the model's block)")
-    parser.add_argument("--steps", type=int,
-                        help="forward passes; fewer are faster and rougher (default: one per character)")
-    parser.add_argument("--temperature", type=float,
-                        help="0: the likeliest text; 1: the model's own odds (default: 1.3; for a causal model 0.8)")
-    parser.add_argument("--remasking", choices=("random", "low_confidence"),
-                        help="which predictions a step keeps: any, or the surest (default: low_confidence)")
-    parser.add_argument("--block_length", type=int,
-                        help="write this many characters before the next ones (default: 16 or, if less, gen_length)")
-    parser.add_argument("--cfg_scale", type=float,
-                        help="classifier-free guidance towards the prompt (default: 0, none)")
-    parser.add_argument("--seed", type=int, default=1337, help="same seed, same text (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (untested)")
+    add = parser.add_argument
+    add("--path", default=SHIPPED, help="checkpoint, with or without .pt (default: the shipped one)")
+    add("--prompt", help="text to go on from (default: none)")
+    add("--gen_length", type=int, help="characters to write, any number (default: what --prompt leaves of the model's block)")
+    add("--infill", help="text with holes to fill, or a file that holds it, or - for standard input")
+    add("--mask_char", default="_", help="the character that is a hole in --infill (default: %(default)s)")
+    add("--num_samples", type=int, default=1, help="pages, written together (default: 1)")
+    add("--steps", type=int, help="forward passes; fewer are faster and rougher (default: one for 4 characters)")
+    add("--temperature", type=float, help="0: the likeliest text; 1: the model's own odds (default: 0.9; of a causal model 0.8)")
+    add("--remask", type=float, help="second thoughts: share of the text that is written anew; 0: none (default: 0.2)")
+    add("--remasking", choices=REMASKING,
+        help="which predictions a step keeps: any, any that stand apart, or the surest (default: dilated)")
+    add("--block_length", type=int, help="write this many characters before the next ones (default: no blocks)")
+    add("--cfg_scale", type=float, help="classifier-free guidance towards the given text (default: 0, none)")
+    add("--seed", type=int, default=1337, help="same seed, same text (default: %(default)s)")
+    add("--animate", action="store_true", help="show the first page in the terminal while it is written")
+    add("--html", help="write a page that replays the run to this file")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (untested)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16: what the model computes in")
     args = parser.parse_args()
     try:
         write(args)
@@ -128,56 +239,103 @@ def main():
         sys.exit(130)
 
 
+def read_infill(text):
+    """--infill: a text, the name of a file that holds it, or - for standard input."""
+    if text != "-" and not os.path.isfile(text):
+        return text
+    data = sys.stdin.buffer.read() if text == "-" else Path(text).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"--infill={text} is not UTF-8 text") from e
+
+
+def make_page(args, chars, mask_id, block_size):
+    """-> the ids of the page to write, mask_id wherever text is wanted."""
+    id_of, flag, gen_length = {c: i for i, c in enumerate(chars)}, "--prompt", 0
+    if args.infill is None:
+        text = args.prompt or ""
+        gen_length = max(block_size - len(text), block_size // 2) if args.gen_length is None else args.gen_length
+        if gen_length < 1:
+            raise ValueError(f"--gen_length must be at least 1, not {gen_length}")
+    else:
+        for name in ("prompt", "gen_length"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--infill and --{name} do not go together: the page is the text of --infill")
+        text, flag = read_infill(args.infill), "--infill"
+        if len(args.mask_char) != 1:
+            raise ValueError(f"--mask_char must be one character, not {args.mask_char!r}")
+        if args.mask_char not in text:
+            raise ValueError(f"--infill is neither a file nor a text with holes ({args.mask_char}): {text[:40]!r}")
+        id_of[args.mask_char] = mask_id
+    unknown = sorted(set(text) - set(id_of))
+    if unknown:
+        raise ValueError(f"{flag} has characters that the model does not know: {' '.join(map(repr, unknown))}")
+    return [id_of[c] for c in text] + [mask_id] * gen_length
+
+
 def write(args):
     device, _ = pick_device(args.device)
     model, chars, _ = load_checkpoint(resolve_path(args.path), device)
-    config = model.config
-    id_of = {c: i for i, c in enumerate(chars)}
-    unknown = sorted(set(args.prompt) - set(chars))
-    if unknown:
-        raise ValueError(f"--prompt has characters that the model does not know: {' '.join(map(repr, unknown))}")
-    left = config.block_size - len(args.prompt)
-    gen_length = left if args.gen_length is None else args.gen_length
-    if left < 1:
-        raise ValueError(f"--prompt has {len(args.prompt)} characters: no room is left in the model's block of "
-                         f"{config.block_size}")
-    if not 1 <= gen_length <= left:
-        raise ValueError(f"--gen_length must be 1 to {left}, what --prompt leaves of the model's block of "
-                         f"{config.block_size}; not {gen_length}")
+    model.to(pick_dtype(args.dtype, device)[0])
+    config, mask_id = model.config, model.config.mask_id
+    page = make_page(args, chars, mask_id, config.block_size)
+    n_masks = page.count(mask_id)
     if args.num_samples < 1:
         raise ValueError(f"--num_samples must be at least 1, not {args.num_samples}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be in 0 to 2**63 - 1, not {args.seed}")
+    if args.html and (Path(args.html).is_dir() or not Path(args.html).absolute().parent.is_dir()):
+        raise ValueError(f"--html={args.html} can't be written: it is a folder, or in none that exists")
 
-    prompt = torch.tensor([id_of[c] for c in args.prompt], dtype=torch.long)
-    x = torch.full((args.num_samples, len(prompt) + gen_length), config.mask_id)  # (num_samples, T) an empty page
-    x[:, :len(prompt)] = prompt
-    generator = torch.Generator().manual_seed(args.seed)
-    x, temperature = x.to(device), args.temperature
-    steps = gen_length if args.steps is None else args.steps
+    x = torch.tensor([page] * args.num_samples, device=device)                         # (num_samples, T)
+    stream = torch.Generator().manual_seed(args.seed)                                  # a seed for each sample, in turn
+    generator = [torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=stream)))
+                 for _ in range(args.num_samples)]
     if config.causal:
-        for flag in ("steps", "remasking", "block_length", "cfg_scale"):
+        for flag in ("infill", "steps", "remask", "remasking", "block_length", "cfg_scale"):
             if getattr(args, flag) is not None:
                 raise ValueError(f"--{flag} is for diffusion; {args.path} is a causal model and writes from left to right")
-        states = write_left_to_right(model, x, config.mask_id, 0.8 if temperature is None else temperature, generator)
+        temperature, steps = 0.8 if args.temperature is None else args.temperature, n_masks
+
+        def write_window(window, _):
+            return write_left_to_right(model, window, mask_id, temperature, generator)
     else:
-        block_length = min(16, gen_length) if args.block_length is None else args.block_length
-        if not 1 <= block_length <= gen_length:
-            raise ValueError(f"--block_length={block_length} does not fit: it must be 1 to gen_length={gen_length}")
-        states = unmask(model, x, config.mask_id, steps, 1.3 if temperature is None else temperature,
-                        args.remasking or "low_confidence", block_length, args.cfg_scale or 0.0, generator)
-    started, passes = time.perf_counter(), 0
-    for x in tqdm(states, total=min(max(steps, 1), gen_length), desc="unmasking", unit="step", leave=False, delay=0.1):
-        passes += 1
+        steps = math.ceil(n_masks / 4) if args.steps is None else args.steps
+        if steps < 1:
+            raise ValueError(f"--steps must be at least 1, not {steps}")
+        how = dict(temperature=0.9 if args.temperature is None else args.temperature,
+                   remask=0.2 if args.remask is None else args.remask, remasking=args.remasking or "dilated",
+                   block_length=args.block_length, cfg_scale=args.cfg_scale or 0.0, generator=generator)
+
+        def write_window(window, steps):
+            return unmask(model, window, mask_id, steps, **how)
+
+    states, watching = [x], args.animate and sys.stdout.isatty()
+    started, passes, frames = time.perf_counter(), 0, 0.0
+    bar = tqdm(write_pages(write_window, x, mask_id, config.block_size, steps), desc="unmasking", unit="step", leave=False,
+               delay=0.1, disable=watching)
+    with own_screen() if watching else nullcontext():
+        for x in bar:
+            passes += 1
+            if watching:
+                showing = time.perf_counter()
+                sys.stdout.write(frame(x[0].tolist(), states[-1][0].tolist(), mask_id, chars, *shutil.get_terminal_size()))
+                sys.stdout.flush()
+                time.sleep(0.05)  # slow enough to see
+                frames += time.perf_counter() - showing
+            states = [*states, x] if args.html else [x]
     pages = ["".join(chars[i] for i in row) for row in x.tolist()]
-    seconds = time.perf_counter() - started
-    for number, page in enumerate(pages, 1):
+    seconds = time.perf_counter() - started - frames
+    for number, text in enumerate(pages, 1):
         if len(pages) > 1:
             print(f"--- {number} of {len(pages)}", file=sys.stderr)
-        print(page, flush=True)
-    written = args.num_samples * gen_length
+        print(text, end="" if args.infill and text.endswith("\n") else "\n", flush=True)
+    written = args.num_samples * n_masks
     print(f"[{passes} forward passes, {written} characters in {seconds:.1f} s: {written / seconds:.0f} characters/s; "
           f"seed {args.seed}]", file=sys.stderr)
+    if args.html:
+        save_replay(args.html, states, mask_id, chars)
 
 
 if __name__ == "__main__":
