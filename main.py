@@ -73,14 +73,15 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     after a prompt, in the middle of a sentence, everywhere. What is not mask_id is never changed.
     steps: forward passes; the tokens are spread over them evenly, and no pass is spent on none.
     temperature: 0 takes the likeliest token, 1 samples from the model.
-    remasking: which predictions are kept: random ones; dilated: random ones too, but those of a step stand far apart, since
-    neighbours depend on each other most (as DUS, arXiv 2506.19037, by the golden ratio); low_confidence: the likeliest ones.
+    remasking: which predictions are kept. random: any; dilated: any, but those of one step stand far apart, since neighbours
+    depend on each other most (after DUS, arXiv 2506.19037); low_confidence: the likeliest ones.
     block_length: write this many masks, from the left, before the next ones; a pass that has tokens to spare at the
     end of a block begins the next.
     cfg_scale > 0: classifier-free guidance, away from what the model says without the given tokens.
-    remask > 0: the first half of the steps writes a draft. Each of the others masks again what the model was least sure
-    of when it wrote it, and writes that anew: first this share of the tokens, then less and less (ReMDM, arXiv 2503.00307,
-    by confidence, in the manner of Mask-Predict, arXiv 1904.09324). Steps beyond two per token then go on to help.
+    remask > 0: second thoughts. The first half of the steps writes a draft; each of the others masks some of it again, with
+    odds of 1 / (the probability with which a token was written), and writes that anew: first this share of the tokens,
+    then less and less (after ReMDM, arXiv 2503.00307, and Mask-Predict, arXiv 1904.09324). With it, more steps than tokens
+    make sense.
     generator: a CPU torch.Generator, or a list of one per row: then no row depends on how many others there are.
     ValueError, at the step, for values that make no sense and for a model that answers with no distribution."""
     if steps < 1 or (block_length is not None and block_length < 1):
@@ -98,7 +99,7 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     block = ((~given).cumsum(dim=1) - 1) // (block_length or x.shape[1])               # (B, T) from the left
     draft = min((steps + 1) // 2 if remask else steps, int(n_masks.max()))
     steps = steps if remask and draft else draft
-    if remasking == "dilated":  # of the multiples of the golden ratio, modulo 1, two that are close have numbers that are not
+    if remasking == "dilated":  # multiples of the golden ratio, modulo 1: those of neighbours are far from each other
         order = (torch.arange(x.shape[1]) * (math.sqrt(5) - 1) / 2 + uniform((len(x), 1), generator)) % 1
     else:
         order = uniform(x.shape, generator)                                            # (B, T)
@@ -107,7 +108,7 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     for step in range(steps):
         if step >= draft:
             count = (remask * (steps - step) / (steps - draft) * n_masks).ceil()       # (B, 1) tokens to write anew
-            doubt = gumbel(x.shape, generator).to(work) - sureness.log()
+            doubt = gumbel(x.shape, generator).to(work) - sureness.log()               # the highest: odds of 1/sureness
             x = torch.where(highest(doubt.masked_fill(given, -torch.inf), count).to(device), mask_id, x)
         if cfg_scale > 0:
             logits, blind = model(torch.cat([x, torch.where(given.to(device), mask_id, x)])).chunk(2)
@@ -216,14 +217,14 @@ def main():
     add("--infill", help="text with holes to fill, or a file that holds it, or - for standard input")
     add("--mask_char", default="_", help="the character that is a hole in --infill (default: %(default)s)")
     add("--num_samples", type=int, default=1, help="pages, written together (default: 1)")
-    add("--steps", type=int, help="forward passes; fewer are faster and rougher (default: one for 4 characters)")
+    add("--steps", type=int, help="forward passes; fewer are faster and rougher (default: one for 4 characters, for a few one each)")
     add("--temperature", type=float, help="0: the likeliest text; 1: the model's own odds (default: 0.9; of a causal model 0.8)")
     add("--remask", type=float, help="second thoughts: share of the text that is written anew; 0: none (default: 0.2)")
     add("--remasking", choices=REMASKING,
         help="which predictions a step keeps: any, any that stand apart, or the surest (default: dilated)")
     add("--block_length", type=int, help="write this many characters before the next ones (default: no blocks)")
     add("--cfg_scale", type=float, help="classifier-free guidance towards the given text (default: 0, none)")
-    add("--seed", type=int, default=1337, help="same seed, same text (default: %(default)s)")
+    add("--seed", type=int, default=1337, help="same seed, device and dtype: same text (default: %(default)s)")
     add("--animate", action="store_true", help="show the first page in the terminal while it is written")
     add("--html", help="write a page that replays the run to this file")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (untested)")
@@ -301,7 +302,7 @@ def write(args):
         def write_window(window, _):
             return write_left_to_right(model, window, mask_id, temperature, generator)
     else:
-        steps = math.ceil(n_masks / 4) if args.steps is None else args.steps
+        steps = max(math.ceil(n_masks / 4), min(n_masks, 32)) if args.steps is None else args.steps
         if steps < 1:
             raise ValueError(f"--steps must be at least 1, not {steps}")
         how = dict(temperature=0.9 if args.temperature is None else args.temperature,
@@ -313,8 +314,8 @@ def write(args):
 
     states, watching = [x], args.animate and sys.stdout.isatty()
     started, passes, frames = time.perf_counter(), 0, 0.0
-    bar = tqdm(write_pages(write_window, x, mask_id, config.block_size, steps), desc="unmasking", unit="step", leave=False,
-               delay=0.1, disable=watching)
+    bar = tqdm(write_pages(write_window, x, mask_id, config.block_size, steps), total=steps, desc="unmasking", unit="step",
+               leave=False, delay=0.1, disable=watching)
     with own_screen() if watching else nullcontext():
         for x in bar:
             passes += 1

@@ -391,7 +391,7 @@ def test_stdout_is_the_text_and_nothing_else(sample, checkpoint):
     for page in (result.out[:25], result.out[25:]):
         assert page.startswith("hello ") and page.endswith("\n") and "\n" not in page[:-1]
     assert result.out[:25] != result.out[25:]
-    assert "5 forward passes, 36 characters" in result.err and "characters/s" in result.err
+    assert "18 forward passes, 36 characters" in result.err and "characters/s" in result.err
     assert sample(f"--path={checkpoint}", "--prompt=hello ", "--num_samples=2").out == result.out
     assert sample(f"--path={checkpoint}", "--prompt=hello ", "--num_samples=2", "--seed=2").out != result.out
 
@@ -434,7 +434,9 @@ def test_another_character_for_the_holes(sample, checkpoint):
 def test_longer_than_the_block(sample, checkpoint):
     result = sample(f"--path={checkpoint}", "--gen_length=100", "--prompt=hello ", "--steps=50")
     assert result.code == 0 and len(result.out) == 107 and result.out.startswith("hello "), result
-    assert "100 characters" in result.err
+    assert "50 forward passes, 100 characters" in result.err
+    default = sample(f"--path={checkpoint}", "--gen_length=240")
+    assert re.match(r"\[(59|60|61) forward passes, 240 characters", default.err), default.err
     prompt = "the quick brown fox jumps over the lazy dog"
     assert sample(f"--path={checkpoint}", f"--prompt={prompt}").out.startswith(prompt)  # a prompt longer than the block
 

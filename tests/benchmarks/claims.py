@@ -11,6 +11,7 @@ windows, or over groups of 8 pages (see metrics.py). Everything is printed as ta
 """
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -26,17 +27,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from main import unmask, write_left_to_right  # noqa: E402
-from metrics import Metrics, cut  # noqa: E402
+from main import unmask  # noqa: E402
+from metrics import Metrics, cut, draw, name_of, write  # noqa: E402
 from model import GPT, GPTConfig, load_checkpoint, pick_device, pick_dtype, resolve_path  # noqa: E402
 
 CONTESTANT = ["--n_layer=4", "--n_head=4", "--n_embd=256"]
 JUDGE = ["--causal", "--n_layer=5", "--n_head=5", "--n_embd=320", "--seed=4242"]
 TWIN = (0.6, 0.7, 0.8, 0.9, 1.0)  # temperatures
-DIFFUSION = [  # remasking, temperature, steps, block_length
-    ("low_confidence", 1.0, 256, 16), ("low_confidence", 1.3, 256, 16), ("low_confidence", 1.6, 256, 16),
-    ("low_confidence", 1.3, 128, 16), ("low_confidence", 1.3, 64, 16), ("low_confidence", 1.3, 32, 16),
-    ("random", 0.7, 256, 256), ("random", 1.0, 256, 256), ("random", 0.7, 64, 256), ("random", 0.7, 32, 256),
+DIFFUSION = [  # unmask's arguments
+    dict(remasking=remasking, temperature=temperature, steps=steps, block_length=block_length, remask=remask)
+    for remasking, temperature, steps, block_length, remask in (
+        ("low_confidence", 1.0, 256, 16, 0), ("low_confidence", 1.3, 256, 16, 0), ("low_confidence", 1.3, 64, 16, 0),
+        ("random", 0.7, 256, None, 0), ("random", 1.0, 256, None, 0), ("random", 0.7, 64, None, 0), ("random", 0.7, 32, None, 0),
+        ("dilated", 0.9, 128, None, 0.2), ("dilated", 0.9, 64, None, 0.2), ("dilated", 0.9, 32, None, 0.2))
 ]
 HOLES = [("random", share) for share in (0.10, 0.25, 0.50, 0.75)] + [("span", length) for length in (1, 2, 4, 8, 16, 32)]
 
@@ -79,36 +82,19 @@ def likelihood(models, splits, autocast):
     return rows
 
 
-def write_pages(model, setting, pages, batch):
-    """-> (strings of ids (pages, T), seconds per page)."""
-    T, mask_id, done, spent = model.config.block_size, model.config.mask_id, [], 0.0
-    generator = torch.Generator().manual_seed(1)
-    while len(done) < pages:
-        x = torch.full((batch, T), mask_id)
-        start = time.perf_counter()
-        if model.config.causal:
-            *_, x = write_left_to_right(model, x, mask_id, setting[0], generator)
-        else:
-            remasking, temperature, steps, block_length = setting
-            *_, x = unmask(model, x, mask_id, steps, temperature, remasking, block_length, generator=generator)
-        spent += time.perf_counter() - start
-        done += x.tolist()
-    return done, spent / len(done)
-
-
 def writing(models, metrics, chars, val_text, pages):
     """Speed, quality and diversity of what both write, and of real text."""
     T = models["diffusion"].config.block_size
     rows = [dict(name="real validation text", **metrics(cut(val_text, pages, T)))]
-    settings = [("twin", (t,), f"twin, temperature {t}") for t in TWIN]
-    settings += [("diffusion", s, "{}, temperature {}, {} steps, blocks of {}".format(*s)) for s in DIFFUSION]
+    settings = [("twin", dict(temperature=t), f"twin, temperature {t}") for t in TWIN]
+    settings += [("diffusion", how, name_of(how)) for how in DIFFUSION]
     names = list(rows[0])[1:]
     print("\n| | s/page | s/page of 16 | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 3))
-    for who, setting, name in [(None, None, None), *settings]:
+    for who, how, name in [(None, None, None), *settings]:
         if who:
             model = models[who]
-            written, many = write_pages(model, setting, pages, 16)
-            _, one = write_pages(model, setting, 2, 1)
+            written, many = write(model, how, pages, 16)
+            _, one = write(model, how, 2, 1)
             rows.append(dict(name=name, who=who, one=one, many=many, **metrics(["".join(chars[i] for i in x) for x in written])))
         row = rows[-1]
         times = f"{row['one']:.2f} | {row['many']:.2f}" if who else " | "
@@ -176,29 +162,6 @@ def missing(models, data, autocast, windows):
     return rows
 
 
-def draw(rows, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 5))
-    for who, label, style in (("twin", "twin", "o-"), ("diffusion", "low_confidence", "s"), ("diffusion", "random", "^")):
-        points = sorted((r["distinct 4-grams"][0], r["judged nats"][0], r["name"]) for r in rows
-                        if r.get("who") == who and r["name"].startswith(label))
-        ax.plot(*list(zip(*points))[:2], style, label=who if who == label else f"{who}, {label}")
-        for i, (x, y, name) in enumerate(points):
-            text = name.removeprefix(f"{label}, temperature ").split(" steps")[0]
-            ax.annotate(text, (x, y), fontsize=7, xytext=(7 if i % 2 else -7, -3), ha="left" if i % 2 else "right",
-                        textcoords="offset points")
-    real = rows[0]
-    ax.plot(real["distinct 4-grams"][0], real["judged nats"][0], "k*", markersize=14, label="real text")
-    ax.set(xlabel="distinct 4-grams (share, 8 pages of 256 characters)", ylabel="judged nats per character",
-           title="at each point: temperature and, of diffusion, steps")
-    ax.margins(x=0.15)
-    ax.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=150)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusion", default="claims_diffusion.pt")
@@ -228,11 +191,18 @@ def main():
     for name, model in models.items():
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters; {result['trained'][name]}")
     result["likelihood"] = likelihood(models, dict(train=train_data[:len(val_data)], val=val_data), autocast)
-    result["writing"] = writing(models, Metrics(judge, chars, train_text), chars, val_text, args.pages)
+    fast = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}  # as main.py writes
+    result["writing"] = rows = writing(fast, Metrics(judge, chars, train_text), chars, val_text, args.pages)
     result["missing"] = missing(models, val_data, autocast, args.windows)
     Path(args.json).write_text(json.dumps(result, indent=1, default=float))
     if args.picture:
-        draw(result["writing"], args.picture)
+        groups = {}
+        for row in rows[1:]:
+            label = row["who"] if row["who"] == "twin" else row["name"].split(",")[0]
+            text = row["name"].removeprefix(f"{label}, temperature ").split(" steps")[0]
+            groups.setdefault(label, []).append((row["distinct 4-grams"][0], row["judged nats"][0], text))
+        real = rows[0]
+        draw(groups, (real["distinct 4-grams"][0], real["judged nats"][0]), args.picture, "at each point: temperature, steps")
 
 
 if __name__ == "__main__":

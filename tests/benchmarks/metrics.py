@@ -1,5 +1,6 @@
 """
-What the benchmarks of generated text measure, and how: a judge and a few counts, on pages cut like real ones.
+What the benchmarks of generated text measure, and how: pages are written and timed, then scored by a judge and a few counts, cut
+like real ones.
 
 Pages are scored in groups of 8, since some counts depend on how many pages are looked at together; what is reported is the mean
 over the groups and its standard error. Real validation text, cut the same way, is the mark: for every score but the judge's
@@ -8,10 +9,12 @@ there is a way to be "better" than real text that is worse, and a judge can be p
 
 import math
 import re
+import time
 from collections import Counter
 
 import torch
 
+from main import unmask, write_left_to_right
 from train import next_token_losses
 
 GROUP = 8
@@ -79,3 +82,43 @@ def cut(text, pages, length):
     """Pages of real text, spread evenly."""
     stride = (len(text) - length) // (pages - 1)
     return [text[i * stride:i * stride + length] for i in range(pages)]
+
+
+def write(model, how, pages, batch):
+    """Pages of one block, by unmask(**how) or, from a causal model, by write_left_to_right(**how), batch of them at a time.
+    -> (ids (pages, T), seconds per page)."""
+    T, mask_id, done, spent = model.config.block_size, model.config.mask_id, [], 0.0
+    generator = torch.Generator().manual_seed(1)
+    while len(done) < pages:
+        x = torch.full((batch, T), mask_id)
+        start = time.perf_counter()
+        *_, x = (write_left_to_right if model.config.causal else unmask)(model, x, mask_id, generator=generator, **how)
+        spent += time.perf_counter() - start
+        done += x.tolist()
+    return done, spent / len(done)
+
+
+def name_of(how):
+    """What a row of a table calls unmask(**how)."""
+    extra = [f"blocks of {how['block_length']}"] if how.get("block_length") else []
+    extra += [f"remask {how['remask']}"] if how.get("remask") else []
+    return ", ".join([how["remasking"], f"temperature {how['temperature']}", f"{how['steps']} steps", *extra])
+
+
+def draw(groups, real, path, title):
+    """groups: {label: [(distinct 4-grams, judged nats, text beside the point), ...]}, joined by lines; real: its two scores."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(8, 5))
+    for marker, (label, points) in zip("os^Dvp*X", groups.items()):
+        ax.plot([p[0] for p in points], [p[1] for p in points], marker + "-", label=label)
+        for i, (x, y, text) in enumerate(points):
+            ax.annotate(text, (x, y), fontsize=7, xytext=(7 if i % 2 else -7, -3), ha="left" if i % 2 else "right",
+                        textcoords="offset points")
+    ax.plot(*real, "k*", markersize=14, label="real text")
+    ax.set(xlabel="distinct 4-grams (share, 8 pages of 256 characters)", ylabel="judged nats per character", title=title)
+    ax.margins(x=0.15)
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=150)
