@@ -217,7 +217,7 @@ def main():
     add("--infill", help="text with holes to fill, or a file that holds it, or - for standard input")
     add("--mask_char", default="_", help="the character that is a hole in --infill (default: %(default)s)")
     add("--num_samples", type=int, default=1, help="pages, written together (default: 1)")
-    add("--steps", type=int, help="forward passes; fewer are faster and rougher (default: one for 4 characters, for a few one each)")
+    add("--steps", type=int, help="forward passes; fewer: faster and rougher (default: one for 4 characters; for a few, one each)")
     add("--temperature", type=float, help="0: the likeliest text; 1: the model's own odds (default: 0.9; of a causal model 0.8)")
     add("--remask", type=float, help="second thoughts: share of the text that is written anew; 0: none (default: 0.2)")
     add("--remasking", choices=REMASKING,
