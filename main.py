@@ -92,17 +92,19 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
         raise ValueError(f"remask must be in 0 to 1, not {remask}")
     if remasking not in REMASKING:
         raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, not {remasking}")
-    device = x.device
+    if isinstance(generator, list) and len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators must be as many as the {len(x)} rows")
+    (B, T), device = x.shape, x.device
     work = torch.device("cpu") if device.type == "mps" else device                     # mps has no float64
     given = (x != mask_id).to(work)                                                    # (B, T)
     n_masks = (~given).sum(dim=1, keepdim=True)                                        # (B, 1)
-    block = ((~given).cumsum(dim=1) - 1) // (block_length or x.shape[1])               # (B, T) from the left
+    block = ((~given).cumsum(dim=1) - 1) // min(block_length or T, T)                   # (B, T) from the left
     draft = min((steps + 1) // 2 if remask else steps, int(n_masks.max()))
     steps = steps if remask and draft else draft
     if remasking == "dilated":  # multiples of the golden ratio, modulo 1: those of neighbours are far from each other
-        order = (torch.arange(x.shape[1]) * (math.sqrt(5) - 1) / 2 + uniform((len(x), 1), generator)) % 1
+        order = (torch.arange(T) * (math.sqrt(5) - 1) / 2 + uniform((B, 1), generator)) % 1      # (B, T)
     else:
-        order = uniform(x.shape, generator)                                            # (B, T)
+        order = uniform((B, T), generator)
     order = order.to(work)
     sureness = torch.full(x.shape, torch.inf, dtype=torch.float64, device=work)        # of each token when it was written
     for step in range(steps):
@@ -110,12 +112,11 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
             count = (remask * (steps - step) / (steps - draft) * n_masks).ceil()       # (B, 1) tokens to write anew
             doubt = gumbel(x.shape, generator).to(work) - sureness.log()               # the highest: odds of 1/sureness
             x = torch.where(highest(doubt.masked_fill(given, -torch.inf), count).to(device), mask_id, x)
-        if cfg_scale > 0:
-            logits, blind = model(torch.cat([x, torch.where(given.to(device), mask_id, x)])).chunk(2)
+        seen = torch.cat([x, torch.where(given.to(device), mask_id, x)]) if cfg_scale else x
+        logits = model(seen)[..., :mask_id].to(work).double()                          # (B or 2B, T, mask_id)
+        if cfg_scale:
+            logits, blind = logits.chunk(2)
             logits = torch.where(logits.isneginf(), logits, blind + (1 + cfg_scale) * (logits - blind))
-        else:
-            logits = model(x)
-        logits = logits[..., :mask_id].to(work).double()                               # (B, T, mask_id)
         masked = (x == mask_id).to(work)
         if not (logits.logsumexp(dim=-1).isfinite() | ~masked).all():
             raise ValueError("the model's logits are no distribution: NaN, +inf, or -inf for every token")
@@ -148,14 +149,18 @@ def write_left_to_right(model, x, mask_id, temperature=1.0, generator=None):
 def write_pages(write, x, mask_id, block_size, steps):
     """Pages of any length: a window slides along, with up to half of it before the first mask, and what is written in
     one is context for the next. write(window, steps) -> an iterator of states, such as unmask, for a window of at most
-    block_size. x (B, T) long; steps: for all windows together. Yields a fresh (B, T) state after every step."""
-    total = int((x == mask_id).sum(dim=1).max())
-    while (x == mask_id).any():
+    block_size. x (B, T) long, masked at the same places in each row; steps: for all windows together, one each at least. Yields
+    a fresh (B, T) state after every step."""
+    def masks(part):
+        return int((part == mask_id).sum(dim=1).max())
+    total = left = masks(x)
+    while left:
         first = int((x == mask_id).any(dim=0).int().argmax())
         start = max(0, min(first - block_size // 2, x.shape[1] - block_size))
         window = x[:, start:start + block_size]
-        share = int((window == mask_id).sum(dim=1).max()) / total
-        for state in write(window, max(1, round(steps * share))):
+        before, left = left, left - masks(window)
+        share = steps * (total - left) // total - steps * (total - before) // total
+        for state in write(window, max(1, share)):
             x = torch.cat([x[:, :start], state, x[:, start + block_size:]], dim=1)
             yield x
 
@@ -175,21 +180,21 @@ def own_screen():
 
 
 def frame(row, before, mask_id, chars, width, height):
-    """What the terminal shows of a page: row and before, (T,) lists of ids now and a step ago; what is fresh is highlighted,
-    and of a page that is too tall there are the lines around it."""
+    """What the terminal shows of a page: row and before, (T,) lists of ids now and a step ago. What is fresh is highlighted;
+    of a page that is too tall there are the lines around the first mask, or the last ones."""
     lines, column, middle = [""], 0, None
     for now, old in zip(row, before):
         char = "░" if now == mask_id else chars[now]
-        if now != old and middle is None:
-            middle = len(lines)
         if char == "\n" or column == width:
             lines.append("")
             column = 0
+        if now == mask_id and middle is None:
+            middle = len(lines) - 1
         if char != "\n":
             char = char if char.isprintable() else "·"
             lines[-1] += f"\x1b[30;43m{char}\x1b[0m" if now != old else f"\x1b[2m{char}\x1b[0m" if now == mask_id else char
             column += 1
-    top = max(0, min((middle or 0) - height // 2, len(lines) - height))
+    top = max(0, min(len(lines) if middle is None else middle - height // 2, len(lines) - height))
     return "\x1b[H" + "\r\n".join(line + "\x1b[K" for line in lines[top:top + height]) + "\x1b[J"
 
 
@@ -213,7 +218,7 @@ def main():
     add = parser.add_argument
     add("--path", default=SHIPPED, help="checkpoint, with or without .pt (default: the shipped one)")
     add("--prompt", help="text to go on from (default: none)")
-    add("--gen_length", type=int, help="characters to write, any number (default: what --prompt leaves of the model's block)")
+    add("--gen_length", type=int, help="characters to write, any number (default: the rest of the model's block, or half)")
     add("--infill", help="text with holes to fill, or a file that holds it, or - for standard input")
     add("--mask_char", default="_", help="the character that is a hole in --infill (default: %(default)s)")
     add("--num_samples", type=int, default=1, help="pages, written together (default: 1)")
@@ -232,8 +237,10 @@ def main():
     args = parser.parse_args()
     try:
         write(args)
-    except torch.OutOfMemoryError:
-        fail("the device is out of memory: try fewer --num_samples")
+    except (MemoryError, OverflowError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):  # PyTorch's own, on CUDA and on the CPU, speak of it
+            raise
+        fail("that does not fit into memory: try fewer --num_samples or a smaller --gen_length")
     except (OSError, ValueError) as e:
         fail(e)
     except KeyboardInterrupt:
@@ -242,11 +249,11 @@ def main():
 
 def read_infill(text):
     """--infill: a text, the name of a file that holds it, or - for standard input."""
-    if text != "-" and not os.path.isfile(text):
+    if text != "-" and (not os.path.exists(text) or os.path.isdir(text)):
         return text
     data = sys.stdin.buffer.read() if text == "-" else Path(text).read_bytes()
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         raise ValueError(f"--infill={text} is not UTF-8 text") from e
 
@@ -267,7 +274,7 @@ def make_page(args, chars, mask_id, block_size):
         if len(args.mask_char) != 1:
             raise ValueError(f"--mask_char must be one character, not {args.mask_char!r}")
         if args.mask_char not in text:
-            raise ValueError(f"--infill is neither a file nor a text with holes ({args.mask_char}): {text[:40]!r}")
+            raise ValueError(f"--infill={args.infill[:60]} has no holes ({args.mask_char!r}) to fill, or is no file")
         id_of[args.mask_char] = mask_id
     unknown = sorted(set(text) - set(id_of))
     if unknown:
@@ -286,8 +293,14 @@ def write(args):
         raise ValueError(f"--num_samples must be at least 1, not {args.num_samples}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be in 0 to 2**63 - 1, not {args.seed}")
-    if args.html and (Path(args.html).is_dir() or not Path(args.html).absolute().parent.is_dir()):
-        raise ValueError(f"--html={args.html} can't be written: it is a folder, or in none that exists")
+    if args.html is not None:
+        if not args.html.endswith(".html"):  # not over a checkpoint or a text
+            raise ValueError(f"--html={args.html} must be the name of an .html file")
+        try:  # an unwritable place must show now, not at the end
+            write_atomically(f"{args.html}.probe", lambda f: None)
+            os.unlink(f"{args.html}.probe")
+        except OSError as e:
+            raise OSError(f"--html={args.html} can't be written: {e.strerror}") from e
 
     x = torch.tensor([page] * args.num_samples, device=device)                         # (num_samples, T)
     stream = torch.Generator().manual_seed(args.seed)                                  # a seed for each sample, in turn
@@ -308,6 +321,7 @@ def write(args):
         how = dict(temperature=0.9 if args.temperature is None else args.temperature,
                    remask=0.2 if args.remask is None else args.remask, remasking=args.remasking or "dilated",
                    block_length=args.block_length, cfg_scale=args.cfg_scale or 0.0, generator=generator)
+        steps = steps if how["remask"] else min(steps, n_masks)
 
         def write_window(window, steps):
             return unmask(model, window, mask_id, steps, **how)
@@ -328,6 +342,8 @@ def write(args):
             states = [*states, x] if args.html else [x]
     pages = ["".join(chars[i] for i in row) for row in x.tolist()]
     seconds = time.perf_counter() - started - frames
+    if args.html:
+        save_replay(args.html, states, mask_id, chars)
     for number, text in enumerate(pages, 1):
         if len(pages) > 1:
             print(f"--- {number} of {len(pages)}", file=sys.stderr)
@@ -335,8 +351,6 @@ def write(args):
     written = args.num_samples * n_masks
     print(f"[{passes} forward passes, {written} characters in {seconds:.1f} s: {written / seconds:.0f} characters/s; "
           f"seed {args.seed}]", file=sys.stderr)
-    if args.html:
-        save_replay(args.html, states, mask_id, chars)
 
 
 if __name__ == "__main__":

@@ -286,5 +286,5 @@ def pick_dtype(name, device):
 
 def fail(message):
     """How the scripts end on bad input: one line on stderr, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
     sys.exit(2)

@@ -233,6 +233,8 @@ def test_a_list_of_generators_makes_rows_independent():
             for remasking in ("dilated", "random") for n in (10, 20)]
     assert torch.equal(runs[0], runs[1][:10]) and torch.equal(runs[2], runs[3][:10])
     assert len(set(map(tuple, runs[1].tolist()))) > 5
+    with pytest.raises(ValueError, match="2 generators"):
+        next(unmask(table, torch.full((3, 6), 2), 2, 4, generator=[seeded(), seeded()]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -325,6 +327,17 @@ def test_a_long_text_with_holes():
     assert (states[-1] < 5).all() and all(torch.equal(state[given], x[given]) for state in states) and len(states) == 15
 
 
+@pytest.mark.parametrize("steps, passes", [(1, 12), (7, 12), (24, 24), (1000, 1000)])
+def test_the_windows_share_the_steps(steps, passes):
+    shares = []
+
+    def write(window, n):
+        shares.append(n)
+        yield window.where(window != 5, 0)
+    last(write_pages(write, torch.full((1, 100), 5), 5, 16, steps))
+    assert len(shares) == 12 and min(shares) >= 1 and sum(shares) == passes
+
+
 def test_a_page_that_fits_is_one_window():
     def write(window, steps):
         return unmask(uniform_model, window, 5, steps, generator=seeded())
@@ -346,9 +359,10 @@ def test_a_frame_of_the_animation():
     assert plain(frame([0, 4, 2, 1, 3], [4, 4, 4, 1, 3], 4, chars, 80, 24)) == "a░\r\nb·"  # no control character gets through
     assert "\x1b[30;43ma\x1b[0ma" in frame([0, 0], [4, 0], 4, chars, 80, 24)               # the fresh one is highlighted
     assert plain(frame([0] * 7, [0] * 7, 4, chars, 3, 24)) == "aaa\r\naaa\r\na"
-    tall = [0, 2] * 50 + [1] + [2, 0] * 50
-    assert "b" in frame(tall, tall[:100] + [4] + tall[101:], 4, chars, 80, 10)
-    assert plain(frame(tall, tall, 4, chars, 80, 10)).count("\n") == 9
+    tall = [0, 2] * 50 + [4] + [2, 0] * 50
+    assert "░" in frame(tall, tall, 4, chars, 80, 10) and "░" in frame(tall, tall, 4, chars, 80, 1)
+    full = [0, 2] * 50 + [1]
+    assert plain(frame(full, full, 4, chars, 80, 10)) == "a\r\n" * 9 + "b"
 
 
 def replay(html):
@@ -412,10 +426,11 @@ def test_each_sample_has_a_stream_of_its_own(sample, checkpoint):
 @pytest.mark.parametrize("how", ["text", "file", "stdin"])
 def test_infill_brings_back_what_was_given(sample, tmp_path, monkeypatch, how):
     text = "_he cat sat___ the mat" + ("" if how == "text" else "\n")
+    data = text.encode() if how == "stdin" else text.replace("\n", "\r\n").encode("utf-8-sig")  # a file as Windows saves it
     X = tmp_path / "newlines.pt"
     save_checkpoint(X, GPT(GPTConfig(block_size=16, vocab_size=29, n_layer=1, n_head=1, n_embd=8)), "abcdefghijklmnopqrstuvwxyz \n")
-    (tmp_path / "damaged_text").write_text(text)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    (tmp_path / "damaged_text").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     arg = {"text": text, "file": tmp_path / "damaged_text", "stdin": "-"}[how]
     result = sample(f"--path={X}", f"--infill={arg}", "--num_samples=20")
     pages = [result.out[i:i + 23] for i in range(0, len(result.out), 23)]
@@ -497,7 +512,14 @@ def test_animate_leaves_the_terminal_as_it_was(checkpoint, interrupt):
     ([f"--infill={ROOT / 'assets' / 'claims.png'}"], ["claims.png", "UTF-8"]),
     (["--remask=2"], ["remask"]),
     (["--html=/nowhere/run.html"], ["--html", "/nowhere/run.html"]),
-    (["--html=/"], ["--html"]),
+    (["--block_length=x"], ["--block_length"]),
+    (["--html=/"], ["--html", ".html"]),
+    (["--html="], ["--html"]),
+    ([f"--html={ROOT / 'LICENSE'}"], ["LICENSE", ".html"]),
+    ([f"--infill={ROOT / 'LICENSE'}", "--mask_char=#"], ["LICENSE", "no holes", "#"]),
+    (["--infill=a", "--mask_char=\n"], ["no holes"]),
+    (["--gen_length=1" + "0" * 20], ["memory", "--gen_length"]),
+    (["--block_length=-1"], ["block_length"]),
     (["--dtype=int4"], ["--dtype=int4"]),
     (["--steps=0"], ["steps"]),
     (["--steps=few"], ["--steps", "few"]),
