@@ -79,9 +79,10 @@ class Metrics:
 
 
 def cut(text, pages, length):
-    """Pages of real text, spread evenly."""
-    stride = (len(text) - length) // (pages - 1)
-    return [text[i * stride:i * stride + length] for i in range(pages)]
+    """Pages of real text, a multiple of 8 of them, spread evenly; those of a group stand far apart, as generated ones do."""
+    stride, groups = (len(text) - length) // (pages - 1), pages // GROUP
+    starts = [stride * (i * groups + g) for g in range(groups) for i in range(GROUP)]
+    return [text[start:start + length] for start in starts]
 
 
 def write(model, how, pages, batch):
