@@ -78,10 +78,10 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     block_length: write this many masks, from the left, before the next ones; a pass that has tokens to spare at the
     end of a block begins the next.
     cfg_scale > 0: classifier-free guidance, away from what the model says without the given tokens.
-    remask > 0: second thoughts. The first half of the steps writes a draft; each of the others masks some of it again, with
-    odds of 1 / (the probability with which a token was written), and writes that anew: first this share of the tokens,
-    then less and less (after ReMDM, arXiv 2503.00307, and Mask-Predict, arXiv 1904.09324). With it, more steps than tokens
-    make sense.
+    remask > 0: second thoughts. The first half of the steps writes a draft; each of the others masks a share of the tokens
+    again and writes them anew: at first this share, then less and less. Kept is what is drawn first with odds of p, the
+    probability with which a token was written (after ReMDM, arXiv 2503.00307, and MaskGIT, arXiv 2202.04200). With it, more
+    steps than tokens make sense.
     generator: a CPU torch.Generator, or a list of one per row: then no row depends on how many others there are.
     ValueError, at the step, for values that make no sense and for a model that answers with no distribution."""
     if steps < 1 or (block_length is not None and block_length < 1):
@@ -110,8 +110,8 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     for step in range(steps):
         if step >= draft:
             count = (remask * (steps - step) / (steps - draft) * n_masks).ceil()       # (B, 1) tokens to write anew
-            doubt = gumbel(x.shape, generator).to(work) - sureness.log()               # the highest: odds of 1/sureness
-            x = torch.where(highest(doubt.masked_fill(given, -torch.inf), count).to(device), mask_id, x)
+            doubt = -(sureness.log() + gumbel(x.shape, generator).to(work)).masked_fill(given, torch.inf)
+            x = torch.where(highest(doubt, count).to(device), mask_id, x)
         seen = torch.cat([x, torch.where(given.to(device), mask_id, x)]) if cfg_scale else x
         logits = model(seen)[..., :mask_id].to(work).double()                          # (B or 2B, T, mask_id)
         if cfg_scale:
@@ -222,9 +222,9 @@ def main():
     add("--infill", help="text with holes to fill, or a file that holds it, or - for standard input")
     add("--mask_char", default="_", help="the character that is a hole in --infill (default: %(default)s)")
     add("--num_samples", type=int, default=1, help="pages, written together (default: 1)")
-    add("--steps", type=int, help="forward passes; fewer: faster and rougher (default: one for 4 characters; for a few, one each)")
-    add("--temperature", type=float, help="0: the likeliest text; 1: the model's own odds (default: 0.9; of a causal model 0.8)")
-    add("--remask", type=float, help="second thoughts: share of the text that is written anew; 0: none (default: 0.2)")
+    add("--steps", type=int, help="forward passes; fewer: faster and rougher (default: 32; one for 8 characters of a long page)")
+    add("--temperature", type=float, help="0: the likeliest text; 1: the model's own odds (default: 1.0; of a causal model 0.8)")
+    add("--remask", type=float, help="second thoughts: share of the text that is written anew; 0: none (default: 0.3)")
     add("--remasking", choices=REMASKING,
         help="which predictions a step keeps: any, any that stand apart, or the surest (default: dilated)")
     add("--block_length", type=int, help="write this many characters before the next ones (default: no blocks)")
@@ -315,11 +315,11 @@ def write(args):
         def write_window(window, _):
             return write_left_to_right(model, window, mask_id, temperature, generator)
     else:
-        steps = max(math.ceil(n_masks / 4), min(n_masks, 32)) if args.steps is None else args.steps
+        steps = max(math.ceil(n_masks / 8), min(n_masks, 32)) if args.steps is None else args.steps
         if steps < 1:
             raise ValueError(f"--steps must be at least 1, not {steps}")
-        how = dict(temperature=0.9 if args.temperature is None else args.temperature,
-                   remask=0.2 if args.remask is None else args.remask, remasking=args.remasking or "dilated",
+        how = dict(temperature=1.0 if args.temperature is None else args.temperature,
+                   remask=0.3 if args.remask is None else args.remask, remasking=args.remasking or "dilated",
                    block_length=args.block_length, cfg_scale=args.cfg_scale or 0.0, generator=generator)
         steps = steps if how["remask"] else min(steps, n_masks)
 

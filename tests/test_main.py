@@ -201,18 +201,18 @@ def test_second_thoughts_come_after_the_draft_and_become_fewer():
         assert ((state == step).sum(1) == seen[step]).all()                            # what was masked again is written anew
 
 
-def test_second_thoughts_have_odds_of_one_over_p():
-    """Places 2 and 3 are written with p = 1/2, the other six with p = 1 - 1e-9."""
-    logits, masked = torch.full((8, 3), -20.0), []
-    logits[:, 0], logits[2:4, 1] = 0, 0
+def test_second_thoughts_keep_with_odds_of_p():
+    """Of three places, written with p = 1/2, 1/2 and 1 (but for 1e-9), one is masked again. The order in which they are kept is
+    drawn with odds of p, so place 2 is the last one with probability 2 * (1/2 / 2) * (1/2 / 1.5) = 1/6."""
+    logits, masked = torch.full((3, 3), -20.0), []
+    logits[:, 0], logits[:2, 1] = 0, 0
 
     def model(x):
         masked.append(x == 2)
         return logits.expand(*x.shape, 3)
-    last(unmask(model, torch.full((8000, 8), 2), 2, 2, remask=0.1, generator=seeded()))
+    last(unmask(model, torch.full((8000, 3), 2), 2, 2, remask=0.1, generator=seeded()))
     assert masked[0].all() and (masked[1].sum(1) == 1).all()
-    odds = torch.tensor([1, 1, 2, 2, 1, 1, 1, 1], dtype=torch.float64)
-    assert chi_square(masked[1].sum(0).double(), odds / odds.sum()) < 24.3
+    assert chi_square(masked[1].sum(0).double(), torch.tensor([5 / 12, 5 / 12, 1 / 6])) < 13.8  # 2 degrees of freedom
 
 
 def test_second_thoughts_repair():
@@ -451,7 +451,7 @@ def test_longer_than_the_block(sample, checkpoint):
     assert result.code == 0 and len(result.out) == 107 and result.out.startswith("hello "), result
     assert "50 forward passes, 100 characters" in result.err
     default = sample(f"--path={checkpoint}", "--gen_length=240")
-    assert re.match(r"\[(59|60|61) forward passes, 240 characters", default.err), default.err
+    assert re.match(r"\[32 forward passes, 240 characters", default.err), default.err
     prompt = "the quick brown fox jumps over the lazy dog"
     assert sample(f"--path={checkpoint}", f"--prompt={prompt}").out.startswith(prompt)  # a prompt longer than the block
 

@@ -29,14 +29,12 @@ from train import TrainConfig, load_data  # noqa: E402
 
 JUDGED, WORDS, DISTINCT = SCORES = ("judged nats", "corpus words", "distinct 4-grams")
 RULES = {  # label: what unmask is given, and with which numbers of steps
-    "random order": [(dict(remasking="random", temperature=0.7), (32, 64)), (dict(remasking="random", temperature=1.0), (256,))],
-    "low confidence": [(dict(remasking="low_confidence", temperature=1.0), (64,)),
-                       (dict(remasking="low_confidence", temperature=1.5), (64,)),
-                       (dict(remasking="low_confidence", temperature=1.3, block_length=16), (256,))],
-    "dilated": [(dict(remasking="dilated", temperature=0.8), (32, 64))],
-    "second thoughts": [(dict(remasking="random", temperature=0.9, remask=0.2), (64,))],
-    "dilated, second thoughts": [(dict(remasking="dilated", temperature=1.0, remask=0.2), (16, 32, 64, 256)),
-                                 (dict(remasking="dilated", temperature=0.9, remask=0.2), (32, 64))],
+    "random order": [(dict(remasking="random", temperature=0.7), (32, 64))],
+    "low confidence": [(dict(remasking="low_confidence", temperature=1.0), (32, 64))],
+    "dilated": [(dict(remasking="dilated", temperature=0.8), (32,))],
+    "second thoughts": [(dict(remasking="random", temperature=1.0, remask=0.3), (32,))],
+    "dilated, second thoughts": [(dict(remasking="dilated", temperature=1.0, remask=0.3), (16, 32, 64, 256)),
+                                 (dict(remasking="dilated", temperature=1.0, remask=0.2), (64,))],
 }
 TWIN = "autoregressive twin"
 
