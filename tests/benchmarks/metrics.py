@@ -111,7 +111,7 @@ def draw(groups, real, path, title):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 5))
+    fig, ax = plt.subplots(figsize=(10, 5))
     for marker, (label, points) in zip("os^Dvp*X", groups.items()):
         ax.plot([p[0] for p in points], [p[1] for p in points], marker + "-", label=label)
         for i, (x, y, text) in enumerate(points):
@@ -120,6 +120,6 @@ def draw(groups, real, path, title):
     ax.plot(*real, "k*", markersize=14, label="real text")
     ax.set(xlabel="distinct 4-grams (share, 8 pages of 256 characters)", ylabel="judged nats per character", title=title)
     ax.margins(x=0.15)
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     fig.tight_layout()
     fig.savefig(path, dpi=150)

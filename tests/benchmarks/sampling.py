@@ -33,8 +33,8 @@ RULES = {  # label: what unmask is given, and with which numbers of steps
     "low confidence": [(dict(remasking="low_confidence", temperature=1.0), (32, 64))],
     "dilated": [(dict(remasking="dilated", temperature=0.8), (32,))],
     "second thoughts": [(dict(remasking="random", temperature=1.0, remask=0.3), (32,))],
-    "dilated, second thoughts": [(dict(remasking="dilated", temperature=1.0, remask=0.3), (16, 32, 64, 256)),
-                                 (dict(remasking="dilated", temperature=1.0, remask=0.2), (64,))],
+    "dilated, second thoughts": [(dict(remasking="dilated", temperature=1.0, remask=0.3), (16, 32, 64, 256))],
+    "dilated, fewer second thoughts": [(dict(remasking="dilated", temperature=1.0, remask=0.2), (64,))],
 }
 TWIN = "autoregressive twin"
 
