@@ -216,7 +216,7 @@ def test_second_thoughts_keep_with_odds_of_p():
 
 
 def test_what_counts_is_how_sure_it_was_when_written():
-    """One of two places is written with p = 1/2; after that the model would be sure of both. It is masked again 2 times out of 3."""
+    """One of two places is written with p = 1/2; after that the model is sure of both. The first is masked again 2 times in 3."""
     seen = []
 
     def model(x):

@@ -37,9 +37,8 @@ TWIN = (0.6, 0.7, 0.8, 0.9, 1.0)  # temperatures
 DIFFUSION = [  # unmask's arguments
     dict(remasking=remasking, temperature=temperature, steps=steps, block_length=block_length, remask=remask)
     for remasking, temperature, steps, block_length, remask in (
-        ("low_confidence", 1.3, 256, 16, 0), ("random", 1.0, 256, None, 0), ("random", 0.7, 64, None, 0),
-        ("dilated", 1.0, 64, None, 0.2), ("dilated", 1.0, 32, None, 0.3),
-        ("dilated", 0.8, 32, None, 0.3))
+        ("low_confidence", 1.0, 64, None, 0), ("random", 0.7, 64, None, 0), ("random", 0.7, 32, None, 0),
+        ("dilated", 1.0, 64, None, 0.2), ("dilated", 1.0, 32, None, 0.3), ("dilated", 0.8, 32, None, 0.3))
 ]
 HOLES = [("random", share) for share in (0.10, 0.25, 0.50, 0.75)] + [("span", length) for length in (1, 2, 4, 8, 16, 32)]
 
