@@ -5,7 +5,7 @@ The reverse process: start from masks, unmask step by step, show text.
     python main.py --prompt="ROMEO:" --num_samples=3 --animate             # watch it in the terminal
     python main.py --infill="To be, or ______: that is the ________:"      # holes anywhere; from a file or - as well
     python main.py --gen_length=2000 --html=run.html      # longer than the model's block; a page that replays the run
-    python main.py --remask=0 --temperature=1 --steps=256 # the model's own distribution, exactly
+    python main.py --remasking=random --remask=0 --steps=256               # the model's own distribution, exactly
     python main.py --path=twin                            # a model of train.py --causal writes from left to right
 
 The text goes to stdout and nothing else does: python main.py > page.txt keeps just the text.
@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -98,7 +99,7 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     work = torch.device("cpu") if device.type == "mps" else device                     # mps has no float64
     given = (x != mask_id).to(work)                                                    # (B, T)
     n_masks = (~given).sum(dim=1, keepdim=True)                                        # (B, 1)
-    block = ((~given).cumsum(dim=1) - 1) // min(block_length or T, T)                   # (B, T) from the left
+    block = ((~given).cumsum(dim=1) - 1) // min(block_length or T, T)                  # (B, T) from the left
     draft = min((steps + 1) // 2 if remask else steps, int(n_masks.max()))
     steps = steps if remask and draft else draft
     if remasking == "dilated":  # multiples of the golden ratio, modulo 1: those of neighbours are far from each other
@@ -238,7 +239,7 @@ def main():
     try:
         write(args)
     except (MemoryError, OverflowError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):  # PyTorch's own, on CUDA and on the CPU, speak of it
+        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory", str(e)):  # on CUDA, on the CPU
             raise
         fail("that does not fit into memory: try fewer --num_samples or a smaller --gen_length")
     except (OSError, ValueError) as e:
@@ -339,7 +340,9 @@ def write(args):
                 sys.stdout.flush()
                 time.sleep(0.05)  # slow enough to see
                 frames += time.perf_counter() - showing
-            states = [*states, x] if args.html else [x]
+            if not args.html:
+                states.clear()
+            states.append(x)
     pages = ["".join(chars[i] for i in row) for row in x.tolist()]
     seconds = time.perf_counter() - started - frames
     if args.html:
