@@ -283,6 +283,30 @@ def make_page(args, chars, mask_id, block_size):
     return [id_of[c] for c in text] + [mask_id] * gen_length
 
 
+def make_writer(args, model, generator, n_masks):
+    """-> what write_pages calls for each window, and with how many steps in all."""
+    if model.config.causal:
+        for flag in ("infill", "steps", "remask", "remasking", "block_length", "cfg_scale"):
+            if getattr(args, flag) is not None:
+                raise ValueError(f"--{flag} is for diffusion; {args.path} is a causal model and writes from left to right")
+        temperature, steps = 0.8 if args.temperature is None else args.temperature, n_masks
+
+        def write_window(window, _):
+            return write_left_to_right(model, window, model.config.mask_id, temperature, generator)
+    else:
+        steps = max(math.ceil(n_masks / 8), min(n_masks, 32)) if args.steps is None else args.steps
+        if steps < 1:
+            raise ValueError(f"--steps must be at least 1, not {steps}")
+        how = dict(temperature=1.0 if args.temperature is None else args.temperature,
+                   remask=0.3 if args.remask is None else args.remask, remasking=args.remasking or "dilated",
+                   block_length=args.block_length, cfg_scale=args.cfg_scale or 0.0, generator=generator)
+        steps = steps if how["remask"] else min(steps, n_masks)
+
+        def write_window(window, steps):
+            return unmask(model, window, model.config.mask_id, steps, **how)
+    return write_window, steps
+
+
 def write(args):
     device, _ = pick_device(args.device)
     model, chars, _ = load_checkpoint(resolve_path(args.path), device)
@@ -307,26 +331,7 @@ def write(args):
     stream = torch.Generator().manual_seed(args.seed)                                  # a seed for each sample, in turn
     generator = [torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=stream)))
                  for _ in range(args.num_samples)]
-    if config.causal:
-        for flag in ("infill", "steps", "remask", "remasking", "block_length", "cfg_scale"):
-            if getattr(args, flag) is not None:
-                raise ValueError(f"--{flag} is for diffusion; {args.path} is a causal model and writes from left to right")
-        temperature, steps = 0.8 if args.temperature is None else args.temperature, n_masks
-
-        def write_window(window, _):
-            return write_left_to_right(model, window, mask_id, temperature, generator)
-    else:
-        steps = max(math.ceil(n_masks / 8), min(n_masks, 32)) if args.steps is None else args.steps
-        if steps < 1:
-            raise ValueError(f"--steps must be at least 1, not {steps}")
-        how = dict(temperature=1.0 if args.temperature is None else args.temperature,
-                   remask=0.3 if args.remask is None else args.remask, remasking=args.remasking or "dilated",
-                   block_length=args.block_length, cfg_scale=args.cfg_scale or 0.0, generator=generator)
-        steps = steps if how["remask"] else min(steps, n_masks)
-
-        def write_window(window, steps):
-            return unmask(model, window, mask_id, steps, **how)
-
+    write_window, steps = make_writer(args, model, generator, n_masks)
     states, watching = [x], args.animate and sys.stdout.isatty()
     started, passes, frames = time.perf_counter(), 0, 0.0
     bar = tqdm(write_pages(write_window, x, mask_id, config.block_size, steps), total=steps, desc="unmasking", unit="step",

@@ -84,7 +84,7 @@ def likelihood(models, splits, autocast):
 def writing(models, metrics, chars, val_text, pages):
     """Speed, quality and diversity of what both write, and of real text."""
     T = models["diffusion"].config.block_size
-    rows = [dict(name="real validation text", **metrics(cut(val_text, len(val_text) // (8 * T) * 8, T)))]
+    rows = [dict(name="real validation text", **metrics(cut(val_text, T)))]
     settings = [("twin", dict(temperature=t), f"twin, temperature {t}") for t in TWIN]
     settings += [("diffusion", how, name_of(how)) for how in DIFFUSION]
     names = list(rows[0])[1:]

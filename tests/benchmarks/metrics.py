@@ -78,9 +78,10 @@ class Metrics:
         return {name: (x.mean().item(), x.std().item() / math.sqrt(len(x))) for name, x in columns.items()}
 
 
-def cut(text, pages, length):
-    """Pages of real text, a multiple of 8 of them, spread evenly; those of a group stand far apart, as generated ones do."""
-    stride, groups = (len(text) - length) // (pages - 1), pages // GROUP
+def cut(text, length):
+    """All of a real text as pages, in groups of 8 whose pages stand far apart, as generated ones do."""
+    groups = len(text) // length // GROUP
+    stride = (len(text) - length) // (groups * GROUP - 1)
     starts = [stride * (i * groups + g) for g in range(groups) for i in range(GROUP)]
     return [text[start:start + length] for start in starts]
 
