@@ -1,27 +1,36 @@
 """
-The mask predictor: a GPT-2 that looks both ways, the checkpoint file it lives in, and the device and dtype it runs on.
+The mask predictor: a GPT-2 with bidirectional attention, the checkpoint file it lives in, and the
+device and dtype it runs on.
 
     from model import GPT, GPTConfig, load_checkpoint
     model, chars, info = load_checkpoint("pretrained_gpt_last.pt")
-    logits = model(idx)    # (B, T) ids, some of them model.config.mask_id -> (B, T, vocab_size)
+    logits = model(idx)    # (B, T) ids, model.config.mask_id where masked -> (B, T, vocab_size)
 
-What turns a GPT into a diffusion language model's mask predictor is what is missing here: the causal mask. Every
-position sees every other, so a character can be predicted from both sides. Nor is there a time embedding: the
-number of [MASK]s in the input tells the time, and the best answer does not depend on anything else
-(RADD, arXiv 2406.03736, theorem 1).
+A GPT becomes the mask predictor of a diffusion language model when its causal mask is removed:
+every position sees every other, so a character can be predicted from both sides. There is no time
+embedding either: the number of [MASK]s in the input tells the time, and the best prediction depends
+on nothing else (RADD, arXiv 2406.03736, theorem 1).
 """
 
 import math
 import os
+import re
 import sys
-import time
+import timeit
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+
+def check(condition, message):
+    """ValueError(message) unless condition holds: how unmask refuses bad input."""
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass
@@ -32,20 +41,19 @@ class GPTConfig:
     n_head: int = 6
     n_embd: int = 384
     dropout: float = 0.0
-    bias: bool = False      # biases in the Linears and LayerNorms, like GPT-2; False is a little faster and as good
-    rope: bool = True       # rotary positions; False: GPT-2's learned absolute positions, which start to learn late
-    causal: bool = False    # True: a position sees those before it only: autoregression, for comparison
+    bias: bool = False      # biases in Linears and LayerNorms, as in GPT-2
+    rope: bool = True       # rotary positions; False: GPT-2's learned ones, which are slow to learn
+    causal: bool = False    # True: the autoregressive twin, which sees only what is to the left
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
-        if self.rope and self.n_embd // self.n_head % 2:
-            raise ValueError(f"rotary positions need heads of even width, not {self.n_embd // self.n_head}")
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
+        check(self.n_embd % self.n_head == 0,
+              f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
+        head_dim = self.n_embd // self.n_head
+        check(not self.rope or head_dim % 2 == 0,
+              f"rotary positions need heads of even width, not {head_dim}")
 
     @property
     def mask_id(self):
@@ -53,9 +61,9 @@ class GPTConfig:
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34): turn each pair of features by an angle that grows with
-    the position, so that the product of a query and a key depends on their distance. x (B, T, heads, head_dim);
-    cos, sin (T, 1, head_dim/2)."""
+    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34): turn each pair of features by an angle
+    that grows with the position, so that the product of a query and a key depends on their
+    distance. x (B, T, heads, head_dim); cos, sin (T, 1, head_dim/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
@@ -74,13 +82,12 @@ class SelfAttention(nn.Module):
         if cos is not None:
             qk = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype))
         q, k = qk.chunk(2, dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each (B, n_head, T, head_dim)
-        if cache is not None:  # (2, B, n_head, S, head_dim): the keys and values of all S positions, as far as known
-            cache[:, :, :, start:start + T] = torch.stack([k, v])
-            k, v = cache[:, :, :, :start + T] if self.causal else cache
-        # causal=False: this is the whole difference between a GPT and a mask predictor
-        seen = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start) if self.causal and start else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=self.causal and not start,
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))     # each (B, n_head, T, head_dim)
+        if cache is not None:                                # (2, B, n_head, S, head_dim)
+            cache[..., start:start + T, :] = torch.stack([k, v])
+            k, v = cache[..., :start + T, :]
+        # is_causal=False is all that makes a GPT a mask predictor (a lone new position sees all)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -94,7 +101,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x))  # (B, T, 4 * n_embd)
+        x = F.gelu(self.c_fc(x))                             # (B, T, 4 * n_embd)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -122,14 +129,14 @@ class GPT(nn.Module):
         cos = sin = None
         if config.rope:
             head_dim = config.n_embd // config.n_head
-            freqs = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)                # (head_dim/2,)
-            angles = torch.outer(torch.arange(config.block_size).float(), freqs)[:, None]  # (block_size, 1, head_dim/2)
-            cos, sin = angles.cos(), angles.sin()
+            freqs = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)           # (head_dim/2,)
+            angles = torch.outer(torch.arange(config.block_size).float(), freqs)[:, None]
+            cos, sin = angles.cos(), angles.sin()            # each (block_size, 1, head_dim/2)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.apply(self._init_weights)
-        for name, p in self.named_parameters():  # GPT-2: the 2 * n_layer sums into the residual stream keep its size
-            if name.endswith("c_proj.weight"):
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # GPT-2: 2 * n_layer add to the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def _init_weights(self, module):
@@ -139,19 +146,22 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def make_cache(self, B, S):
-        """Room for the keys and values of B sequences of S positions, (n_layer, 2, B, n_head, S, head_dim)."""
+        """Room for the twin's keys and values: B sequences of S positions,
+        (n_layer, 2, B, n_head, S, head_dim)."""
         c = self.config
         return self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head)
 
     def forward(self, idx, cache=None, start=0):
-        """idx (B, T) long, [MASK] where the character is to be predicted -> logits (B, T, vocab_size).
-        The last logit, [MASK]'s own, is never an answer: use logits[..., :mask_id]. T > block_size: ValueError.
-        With a cache from make_cache, idx holds the positions start, start + 1, ... only: their keys and values are
-        written into it, and they see all that is in it (up to themselves if causal)."""
+        """idx (B, T) long, [MASK] where a character is to be predicted -> (B, T, vocab_size).
+        The last logit, [MASK]'s own, is never an answer: use logits[..., :mask_id].
+        ValueError if the sequence is longer than block_size.
+
+        With a cache from make_cache (causal models only), idx holds the positions from start on and
+        the cache those before them. Begin with the prompt (start=0), then one at a time."""
         end = start + idx.shape[1]
-        if end > self.config.block_size:
-            raise ValueError(f"a sequence of {end} is longer than the model's block_size={self.config.block_size}")
-        x = self.wte(idx)  # (B, T, n_embd)
+        check(end <= self.config.block_size,
+              f"a sequence of {end} is longer than the model's block_size={self.config.block_size}")
+        x = self.wte(idx)                                    # (B, T, n_embd)
         cos = sin = None
         if self.wpe is None:
             cos, sin = self.cos[start:end], self.sin[start:end]
@@ -160,23 +170,22 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, cos, sin, None if cache is None else cache[i], start)
-        return F.linear(self.ln_f(x), self.wte.weight)  # tied head: (B, T, vocab_size)
+        return F.linear(self.ln_f(x), self.wte.weight)       # tied head: (B, T, vocab_size)
 
 
 # -----------------------------------------------------------------------------
 # the checkpoint file
 
 def resolve_path(name):
-    """The file a user means by X: exactly X, with .pt added if it has no suffix."""
+    """The file that a user means by X: exactly X, with .pt added if it has no suffix."""
     path = Path(os.path.expanduser(name))
-    if not path.name:
-        raise ValueError(f"{str(name)!r} is not the name of a checkpoint file")
+    check(path.name, f"{str(name)!r} is not the name of a checkpoint file")
     return path if path.suffix else path.with_name(path.name + ".pt")
 
 
 def write_atomically(path, write):
-    """Let write(file) fill a temporary file beside path, flush it to disk, and rename it over path: whenever the
-    process dies, path is either the old file or the new one, whole."""
+    """Let write(file) fill a temporary file beside path, flush it to disk, and rename it to path:
+    whenever the process dies, path is either the old file or the new one, whole."""
     path = Path(os.path.realpath(path))
     tmp = path.with_name(path.name + ".tmp")
     try:
@@ -190,8 +199,8 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(path, model, chars, **info):
-    """One self-contained file: weights (in the model's dtype), config, vocabulary (chars[i] is the character of
-    id i) and whatever info says of its origin (plain numbers, strings, lists and dicts). Atomic."""
+    """One self-contained file: weights (in the model's dtype), config, vocabulary (chars[i] is the
+    character of id i) and info, how the model was made (numbers, strings, lists, dicts). Atomic."""
     checkpoint = {
         "config": asdict(model.config),
         "chars": list(chars),
@@ -202,64 +211,62 @@ def save_checkpoint(path, model, chars, **info):
 
 
 def read_file(path):
-    """-> what torch.save wrote to path, on the CPU. Never runs code from the file. OSError if it can't be opened,
-    ValueError if it is damaged."""
+    """-> what torch.save wrote to path, on the CPU. Never runs code from the file. OSError if it
+    can't be opened, ValueError if it is damaged."""
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     with open(path, "rb") as f, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PyTorch warns of in a foreign file ends in the one error below
+        warnings.simplefilter("ignore")  # of PyTorch, about foreign files
         try:
             return torch.load(f, map_location="cpu", weights_only=True)
-        except Exception as e:  # any bytes may stand in the file, and torch.load fails on them in many ways
-            raise ValueError(f"{path} is not a checkpoint, or is damaged or cut short ({type(e).__name__})") from e
+        except Exception as e:  # any bytes may stand in the file: torch.load fails in many ways
+            raise ValueError(f"{path} is not a checkpoint, or is damaged or cut short "
+                             f"({type(e).__name__})") from e
 
 
 def load_checkpoint(path, device="cpu"):
-    """-> (model in float32 and eval mode, chars, info). Never runs code from the file. OSError if it can't be opened,
-    ValueError for anything that is not a whole checkpoint with finite weights."""
+    """-> (model in float32 and eval mode, chars, info). Never runs code from the file. OSError if
+    it can't be opened, ValueError for all but a whole checkpoint with finite weights."""
     checkpoint = read_file(path)
     try:
         model = GPT(GPTConfig(**checkpoint["config"]))
-        chars, weights, info = checkpoint["chars"], checkpoint["model"], checkpoint["info"]
-        if not (len(chars) == len(set(chars)) == model.config.mask_id and all(len(c) == 1 for c in chars)):
-            raise ValueError("its vocabulary does not fit its config")
+        chars, weights, info = checkpoint["chars"], checkpoint["model"], dict(checkpoint["info"])
+        check(len(chars) == len(set(chars)) == model.config.mask_id
+              and all(len(c) == 1 for c in chars), "its vocabulary does not fit its config")
         model.load_state_dict(weights)
-        info = dict(info)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is not a checkpoint of this model: {reason}") from e
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"{path} holds weights that are not finite")
+    check(all(p.isfinite().all() for p in model.parameters()),
+          f"{path} holds weights that are not finite")
     return model.to(device).eval(), chars, info
 
 
 # -----------------------------------------------------------------------------
-# the device and dtype it runs on
+# the device and dtype it runs on, and how the scripts end
 
 def pick_device(name="auto"):
-    """auto | cpu | cuda | cuda:N | mps -> (torch.device, why). ValueError if this machine has no such device."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
+    """auto | cpu | cuda | cuda:N | mps -> (torch.device, why). ValueError if it does not work."""
+    check(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name),
+          f"--device={name} is not one of auto, cpu, cuda, cuda:N, mps")
+    if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu"), "found no CUDA device"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (":" in name and not (kind == "cuda" and number.isdecimal())):
-        raise ValueError(f"--device={name} is not one of auto, cpu, cuda, cuda:N, mps")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"--device={name}: PyTorch finds {count} CUDA devices here; try --device=cpu")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device=mps: PyTorch finds no Metal device here; try --device=cpu")
-    why = "as asked" if kind != "mps" else "as asked; unmask was never tested on mps"
-    return torch.device(f"{kind}:{int(number)}" if number else kind), why
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+        torch.ones(1, device=device).sum().item()  # PyTorch may have no kernels for this GPU
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        check(name == "auto", f"--device={name} does not work here ({reason}); try --device=cpu")
+        return torch.device("cpu"), f"the GPU does not work: {reason}"
+    return device, torch.cuda.get_device_name(device) if device.type == "cuda" else "as asked"
 
 
 def pick_dtype(name, device):
     """auto | float32 | bfloat16 | float16 -> (torch.dtype for autocast, why)."""
-    if name not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype={name} is not one of auto, float32, bfloat16, float16")
+    check(name in ("auto", "float32", "bfloat16", "float16"),
+          f"--dtype={name} is not one of auto, float32, bfloat16, float16")
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "cuda":
@@ -269,22 +276,35 @@ def pick_dtype(name, device):
         return torch.float16, "the GPU has no bfloat16"
     if device.type == "mps":
         return torch.float32, "the safe choice on mps"
-    # Some CPUs have bfloat16 units and train about twice as fast with them; others emulate them slowly. Ask this one.
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    def seconds(dtype):
         a = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    why = f"a bfloat16 matrix product takes {1 / ratio:.2f}x the time of a float32 one on this CPU"
-    return (torch.bfloat16 if ratio > 1.5 else torch.float32), why
+        return min(timeit.repeat(lambda: a @ a, number=1, repeat=4))
+
+    # some CPUs have bfloat16 units and train about twice as fast with them; others emulate them
+    ratio = seconds(torch.bfloat16) / seconds(torch.float32)
+    why = f"a bfloat16 matrix product takes {ratio:.2f}x the time of a float32 one on this CPU"
+    return (torch.bfloat16 if ratio < 1 / 1.5 else torch.float32), why
 
 
 def fail(message):
-    """How the scripts end on bad input: one line on stderr, exit status 2."""
+    """Bad input: one line on stderr, exit status 2."""
     print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
     sys.exit(2)
+
+
+@contextmanager
+def one_line_errors(advice):
+    """What a user can cause ends a script in one line: bad input, files, Ctrl-C, or too little
+    memory; advice says how to need less of it."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        fail(e)
+    except (MemoryError, OverflowError):
+        fail(f"out of memory: {advice}")
+    except RuntimeError as e:
+        if not re.search("out of memory|allocate memory", str(e)):  # of CUDA, of the CPU
+            raise
+        fail(f"out of memory: {advice}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,4 +1,5 @@
-"""Two processes on this machine, connected by gloo: the same gradient, the same weights, and no survivor."""
+"""Two processes on this machine, connected by gloo: the same gradient, the same weights, and no
+survivor."""
 
 import csv
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -15,19 +17,28 @@ from conftest import ROOT, TINY
 import train as train_script
 from model import GPT, GPTConfig, load_checkpoint
 
-GRADIENT = """
+DATA = "np.arange(999) % 65"
+GRADIENT = f"""
 import sys, torch, train
+import numpy as np
+from contextlib import nullcontext
+from types import SimpleNamespace
 from model import GPT, GPTConfig
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-cfg, _ = train.parse_args(sys.argv[2:])
-device, _ = train.join("cpu")
+config, _ = train.parse_args(sys.argv[2:])
+device, _ = train.connect("cpu")
 torch.manual_seed(train.RANK)  # the first process's weights count
 net = train.DistributedDataParallel(GPT(GPTConfig(16, 66, 1, 2, 16)))
+run = SimpleNamespace(config=config, model=net.module, device=device, autocast=nullcontext(),
+                      scaler=torch.amp.GradScaler("cpu", enabled=False))
 calls = []
-net.register_comm_hook(None, lambda _, bucket: calls.append(bucket) or allreduce_hook(None, bucket))
-train.accumulate_gradient(net, 65, cfg, train.get_batch(torch.arange(999) % 65, cfg, 0, device))
-torch.save([[p.grad for p in net.parameters()], len(calls)], f"{sys.argv[1]}/{train.RANK}")
+net.register_comm_hook(None, lambda _, bucket: calls.append(0) or allreduce_hook(None, bucket))
+generator = torch.Generator().manual_seed(0)
+batch = [train.get_batch({DATA}, config, generator)]
+batch += train.forward_process(batch[0], 65, config.eps, generator)
+train.accumulate_gradient(net, train.diffusion_loss, batch, run)
+torch.save([[p.grad for p in net.parameters()], len(calls)], f"{{sys.argv[1]}}/{{train.RANK}}")
 torch.distributed.destroy_process_group()
 """
 
@@ -35,16 +46,15 @@ RUN = """
 import os, sys, torch, train
 
 _, dies, out, *sys.argv[1:] = sys.argv
-get_batch, loop = train.get_batch, train.train
-def dies_at_12(data, cfg, iteration, device):
-    if (iteration, train.RANK) == (12, int(dies)):
+set_learning_rates, loop = train.set_learning_rates, train.train
+def dies_at_12(run):
+    if (run.iteration, train.RANK) == (12, int(dies)):
         os.kill(os.getpid(), 9)
-    return get_batch(data, cfg, iteration, device)
-def keeps_weights(*run):
-    code = loop(*run)
-    torch.save(next(x for x in run if isinstance(x, train.GPT)).state_dict(), f"{out}/{train.RANK}")
-    return code
-train.get_batch, train.train = dies_at_12, keeps_weights
+    set_learning_rates(run)
+def keeps_weights(run):
+    loop(run)
+    torch.save(run.model.state_dict(), f"{out}/{train.RANK}")
+train.set_learning_rates, train.train = dies_at_12, keeps_weights
 train.main()
 """
 
@@ -56,10 +66,11 @@ def two():
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        env = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                   OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-        both = [subprocess.Popen([sys.executable, "-c", code, *map(str, flags)], env={**env, "RANK": r, "LOCAL_RANK": r},
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in "01"]
+        env = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                   MASTER_PORT=str(port), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+        command = [sys.executable, "-c", code, *map(str, flags)]
+        both = [subprocess.Popen(command, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in "01"]
         for process in both:
             process.out, process.err = process.communicate(timeout=60)
         return both
@@ -71,11 +82,13 @@ def test_two_processes_compute_the_gradient_of_the_global_batch(two, tmp_path, m
     flags = [*TINY, f"--gradient_accumulation_steps={micro_steps}"]
     first, second = two(GRADIENT, tmp_path, *flags)
     assert first.returncode == second.returncode == 0, first.err + second.err
-    cfg, _ = train_script.parse_args(flags)
+    config, _ = train_script.parse_args(flags)
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 66, 1, 2, 16))
-    batch = train_script.get_batch(torch.arange(999) % 65, cfg, 0, torch.device("cpu"))
-    train_script.diffusion_loss(model, batch[0], 65, cfg.eps, *batch[1:]).backward()
+    generator = torch.Generator().manual_seed(0)
+    input_ids = train_script.get_batch(eval(DATA, {"np": np}), config, generator)
+    noisy = train_script.forward_process(input_ids, 65, config.eps, generator)
+    train_script.diffusion_loss(model, 65, input_ids, *noisy).backward()
     for rank in "01":
         grads, syncs = torch.load(tmp_path / rank)
         assert syncs == 1  # however many passes: only the last one waits for the other process
@@ -84,23 +97,28 @@ def test_two_processes_compute_the_gradient_of_the_global_batch(two, tmp_path, m
 
 
 def test_two_processes_end_with_the_same_weights_and_one_printout(two, train, tmp_path, data_dir):
-    flags = [*TINY, f"--data_dir={data_dir}", "--max_iters=10", "--gradient_accumulation_steps=2"]
+    run = ("--max_iters=10", "--gradient_accumulation_steps=2")
+    flags = [*TINY, f"--data_dir={data_dir}", *run]
     first, second = two(RUN, -1, tmp_path, *flags, f"--save_filename={tmp_path / 'two.pt'}")
     assert first.returncode == second.returncode == 0, first.err + second.err
     assert "done in" in first.out and second.out == second.err == ""
     weights = [torch.load(tmp_path / rank) for rank in "01"]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    assert train("--max_iters=10", "--gradient_accumulation_steps=2", f"--save_filename={tmp_path / 'one.pt'}").code == 0
+    assert train(*run, f"--save_filename={tmp_path / 'one.pt'}").code == 0
     one, two = (load_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
-    torch.testing.assert_close(one[0].state_dict(), two[0].state_dict(), rtol=1e-3, atol=1e-4)  # Muon rounds to bfloat16
+    # Muon rounds to bfloat16
+    torch.testing.assert_close(one[0].state_dict(), two[0].state_dict(), rtol=1e-3, atol=1e-4)
     assert one[2]["nelbo"]["val"] == pytest.approx(two[2]["nelbo"]["val"], abs=1e-4)
-    one_loss, two_loss = (next(csv.DictReader(open(f"{tmp_path}/{name}.pt.csv")))["loss"] for name in ("one", "two"))
-    assert float(one_loss) == pytest.approx(float(two_loss), rel=1e-4)  # the global batch's, not one process's
+    one_loss, two_loss = (next(csv.DictReader(open(f"{tmp_path}/{name}.pt.csv")))["loss"]
+                          for name in ("one", "two"))
+    # the global batch's, not one process's
+    assert float(one_loss) == pytest.approx(float(two_loss), rel=1e-4)
     assert two[2]["command"].startswith("torchrun --nproc_per_node=2 train.py ")
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_run_resumes_alone(two, train, tmp_path, data_dir, dies):
+def test_a_killed_process_ends_the_other_and_the_run_resumes_alone(two, train, tmp_path, data_dir,
+                                                                   dies):
     X = tmp_path / "X.pt"
     flags = ["--max_iters=20", "--eval_interval=5", "--muon=False"]  # Muon rounds to bfloat16
     start = time.monotonic()
@@ -109,26 +127,28 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes_alone(two, train, t
     assert both[1 - dies].returncode not in (0, None) and time.monotonic() - start < 45
     assert load_checkpoint(X)[2]["iteration"] in (5, 10)
     resumed = train(*flags, f"--save_filename={X}", "--resume")
-    assert resumed.code == 0 and "resuming" in resumed.out and "iteration 10" in resumed.out, resumed
+    assert resumed.code == 0 and "resuming" in resumed.out, resumed
+    assert "at iteration 10" in resumed.out, resumed
     assert train(*flags, f"--save_filename={tmp_path / 'whole.pt'}").code == 0
     whole, ours = (load_checkpoint(path)[0].state_dict() for path in (tmp_path / "whole.pt", X))
     torch.testing.assert_close(ours, whole, rtol=1e-3, atol=1e-5)
 
 
 def torchrun(*flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *TINY]
-    return subprocess.Popen([*map(str, command), *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               ROOT / "train.py", *TINY]
+    return subprocess.Popen([*map(str, command), *map(str, flags)],
+                            env={**os.environ, "OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_torchrun_and_ctrl_c(train, tmp_path, data_dir):
     X = tmp_path / "X.pt"
-    flags = [f"--data_dir={data_dir}", "--max_iters=100000", "--eval_interval=100000", f"--save_filename={X}"]
-    process = torchrun(*flags)
-    for line in process.stdout:
-        if line.startswith("characters per iteration"):
+    process = torchrun(f"--data_dir={data_dir}", "--max_iters=100000", "--eval_interval=100000",
+                       f"--save_filename={X}")
+    for line in process.stderr:  # progress
+        if line.startswith("iteration 10: loss"):
             break
-    time.sleep(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0 and out.count("interrupted at iteration") == 1, out + err
@@ -137,7 +157,9 @@ def test_torchrun_and_ctrl_c(train, tmp_path, data_dir):
 
 
 def test_rows_must_divide_among_the_processes(tmp_path, data_dir):
-    process = torchrun(f"--data_dir={data_dir}", "--batch_size=5", f"--save_filename={tmp_path / 'X.pt'}")
+    X = tmp_path / "X.pt"
+    process = torchrun(f"--data_dir={data_dir}", "--batch_size=5", f"--save_filename={X}")
     out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and "error: --batch_size=5 is not a multiple of the 2 processes" in err, err
+    words = "error: --batch_size=5 is not a multiple of the 2 processes"
+    assert process.returncode != 0 and words in err, err
     assert list(tmp_path.iterdir()) == []

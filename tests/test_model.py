@@ -25,7 +25,8 @@ CHARS = list("abcdefg")
 
 def tiny(**changes):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**dict(block_size=12, vocab_size=8, n_layer=2, n_head=2, n_embd=16), **changes}))
+    sizes = dict(block_size=12, vocab_size=8, n_layer=2, n_head=2, n_embd=16)
+    return GPT(GPTConfig(**{**sizes, **changes}))
 
 
 @pytest.mark.parametrize("rope", [True, False])
@@ -52,7 +53,7 @@ def test_order_matters(rope):
 
 
 def test_rotary_positions_are_relative():
-    """Shifting all positions changes no attention, so a page of one window can stand anywhere in it."""
+    """Shifting all positions changes no attention."""
     model = tiny().eval()
     idx = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(0))
     expected = model(idx)
@@ -75,13 +76,21 @@ def test_initialisation_is_gpt2s(bias):
 
 
 def test_dropout_is_where_gpt2_has_it_and_in_training_only(monkeypatch):
-    """After the embedding, on the attention weights, and on what each half of a block adds to the residual stream."""
+    """After the embedding, on the attention weights, and on what each half of a block adds to the
+    residual stream."""
     used = []
     F = torch.nn.functional
     dropout, attention = F.dropout, F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "dropout", lambda x, p, training: used.append(p * training) or dropout(x, p, training))
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda *qkv, dropout_p, **kw: used.append(dropout_p) or attention(*qkv, dropout_p=dropout_p, **kw))
+
+    def seen_dropout(x, p, training):
+        used.append(p * training)
+        return dropout(x, p, training)
+
+    def seen_attention(*qkv, dropout_p, **kwargs):
+        used.append(dropout_p)
+        return attention(*qkv, dropout_p=dropout_p, **kwargs)
+    monkeypatch.setattr(F, "dropout", seen_dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen_attention)
     model, idx = tiny(dropout=0.5), torch.zeros(1, 12, dtype=torch.long)
     assert not torch.equal(model(idx), model(idx)) and used == [0.5] * 2 * (1 + 3 * 2)
     model.eval()
@@ -155,9 +164,11 @@ def damaged(path, marker):
     }
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut short", "text", "another object", "code", "a bare pickle with code", "other shapes",
-                                  "a missing weight", "not a tensor", "not finite", "a vocabulary of another size",
-                                  "a vocabulary of words", "an impossible config", "a config of words", "an unknown config"])
+@pytest.mark.parametrize("kind", [
+    "empty", "cut short", "text", "another object", "code", "a bare pickle with code",
+    "other shapes", "a missing weight", "not a tensor", "not finite",
+    "a vocabulary of another size", "a vocabulary of words", "an impossible config",
+    "a config of words", "an unknown config"])
 def test_a_bad_checkpoint_is_one_clear_error_and_runs_no_code(kind, tmp_path, sample):
     path, marker = tmp_path / "m.pt", tmp_path / "marker"
     damaged(path, marker)[kind]()
@@ -192,9 +203,12 @@ def test_kill_during_save_never_breaks_the_file(tmp_path):
     path = tmp_path / "m.pt"
     code = ("from model import *\nimport itertools\n"
             "model = GPT(GPTConfig(n_layer=2, vocab_size=8, n_embd=128, n_head=2))\n"
-            f"for i in itertools.count(): save_checkpoint({str(path)!r}, model, 'abcdefg', iteration=i); print(i, flush=True)")
+            "for i in itertools.count():\n"
+            f"    save_checkpoint({str(path)!r}, model, 'abcdefg', iteration=i)\n"
+            "    print(i, flush=True)\n")
     for delay in (0.0, 0.003, 0.007):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE)
         for _ in range(3):
             process.stdout.readline()
         time.sleep(delay)
@@ -206,7 +220,8 @@ def test_kill_during_save_never_breaks_the_file(tmp_path):
 def test_resolve_path():
     assert resolve_path("a/model") == resolve_path("a/model.pt")
     assert resolve_path("a/model.ckpt").name == "model.ckpt"
-    assert resolve_path("~/x") != resolve_path("~nobody-here/x") and resolve_path("~nobody-here/x").name == "x.pt"
+    assert resolve_path("~/x") != resolve_path("~nobody-here/x")
+    assert resolve_path("~nobody-here/x").name == "x.pt"
 
 
 # -----------------------------------------------------------------------------
@@ -225,13 +240,9 @@ def test_pick_dtype_chooses_the_faster(monkeypatch):
     with pytest.raises(ValueError, match="--dtype"):
         pick_dtype("int8", torch.device("cpu"))
     for slow, chosen in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
-        clock = [0.0]
-        real = torch.Tensor.__matmul__
-
-        def slowed(a, b, slow=slow, clock=clock, real=real):
-            clock[0] += 2.0 if a.dtype == slow else 1.0
-            return real(a, b)
-        monkeypatch.setattr(torch.Tensor, "__matmul__", slowed)
-        monkeypatch.setattr(time, "perf_counter", lambda clock=clock: clock[0])
-        assert pick_dtype("auto", torch.device("cpu"))[0] == chosen
+        def product(a, b, slow=slow):
+            time.sleep(0.002 if a.dtype == slow else 0)
+        monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+        dtype, why = pick_dtype("auto", torch.device("cpu"))
+        assert dtype == chosen and "bfloat16 matrix product" in why
         monkeypatch.undo()

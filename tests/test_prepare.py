@@ -9,7 +9,7 @@ import numpy as np
 import prepare
 import pytest
 import requests
-from conftest import ROOT, SHAKESPEARE, assert_one_line_error
+from conftest import ROOT, assert_one_line_error, real_text
 
 SCRIPT = ROOT / "data" / "shakespeare_char" / "prepare.py"
 
@@ -24,7 +24,8 @@ def read(folder):
 @pytest.mark.parametrize("content", [
     "plain text\n" * 20,
     "CRLF\r\nline ends\r\n" * 20,
-    "emoji \U0001f389, a family \U0001f468\u200d\U0001f469\u200d\U0001f467, combining e\u0301 and precomposed \u00e9\n" * 20,
+    ("emoji \U0001f389, a family \U0001f468\u200d\U0001f469\u200d\U0001f467, "
+     "combining e\u0301 and precomposed \u00e9\n") * 20,
     "\ufeffa byte order mark, NUL \0 and the last code point \U0010ffff" * 3,
     "ab",
 ])
@@ -34,23 +35,27 @@ def test_the_files_hold_the_text_exactly(call, tmp_path, content):
     chars, train, val = read(tmp_path / "deep" / "out")
     assert result.code == 0 and train + val == content and len(train) == int(0.9 * len(content))
     assert chars == sorted(set(content))
-    assert f"length of dataset in characters: {len(content):,}" in result.out and f"val has {len(val):,} tokens" in result.out
+    assert f"length of dataset in characters: {len(content):,}" in result.out
+    assert f"val has {len(val):,} tokens" in result.out
     assert sorted(os.listdir(tmp_path / "deep" / "out")) == ["meta.json", "train.bin", "val.bin"]
 
 
+EVERYTHING = "".join(map(chr, (c for c in range(0x20, 0x20000) if not 0xD800 <= c < 0xE000)))
+
+
 def test_the_largest_vocabulary(tmp_path):
-    everything = "".join(map(chr, (c for c in range(0x20, 0x20000) if not 0xD800 <= c < 0xE000)))
-    ids, chars = prepare.encode(everything[:65_535] * 2)
-    assert len(chars) == 65_535 and ids.max() == 65_534 and "".join(chars[i] for i in ids[:65_535]) == everything[:65_535]
+    ids, chars = prepare.encode(EVERYTHING[:65_535] * 2)
+    assert len(chars) == 65_535 and ids.max() == 65_534
+    assert "".join(chars[i] for i in ids[:65_535]) == EVERYTHING[:65_535]
     with pytest.raises(ValueError, match="65,536 different characters"):
-        prepare.encode(everything[:65_536])
+        prepare.encode(EVERYTHING[:65_536])
 
 
 @pytest.mark.parametrize("content, words", [
     (b"good \xff bad", ["not UTF-8", "0xff", "offset 5"]),
     (b"", ["empty"]),
     (b"x", ["too short"]),
-    ("".join(map(chr, (c for c in range(0x20, 0x20000) if not 0xD800 <= c < 0xE000))).encode(), ["different characters", "65,535"]),
+    (EVERYTHING.encode(), ["different characters", "65,535"]),
     (None, ["my.txt"]),
 ])
 def test_a_text_that_can_not_be_used_changes_nothing(call, tmp_path, content, words):
@@ -58,27 +63,33 @@ def test_a_text_that_can_not_be_used_changes_nothing(call, tmp_path, content, wo
     if content is not None:
         (tmp_path / "my.txt").write_bytes(content)
     before = sorted(os.listdir(tmp_path))
-    assert_one_line_error(call(prepare, f"--input={tmp_path}/my.txt", f"--out_dir={tmp_path}"), *words)
-    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "train.bin").read_bytes() == b"mine"
+    result = call(prepare, f"--input={tmp_path}/my.txt", f"--out_dir={tmp_path}")
+    assert_one_line_error(result, *words)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "train.bin").read_bytes() == b"mine"
 
 
 def test_bad_flags(call, tmp_path):
     (tmp_path / "my.txt").write_text("my text")
     assert_one_line_error(call(prepare, f"--input={tmp_path}/my.txt"), "--out_dir")
     assert_one_line_error(call(prepare, "--output=x"), "--output")
-    assert_one_line_error(call(prepare, f"--input={tmp_path}", f"--out_dir={tmp_path}"), "directory")
+    folder = call(prepare, f"--input={tmp_path}", f"--out_dir={tmp_path}")
+    assert_one_line_error(folder, "directory")
 
 
-@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs the real text")
+@pytest.mark.skipif(real_text() is None, reason="needs data/shakespeare_char/input.txt, the real "
+                                                "text that prepare.py downloads")
 def test_tiny_shakespeare(tmp_path):
     """Run as a user does, from another folder, with input.txt beside the script."""
     (tmp_path / "prepare.py").write_text(SCRIPT.read_text(encoding="utf-8"))
-    (tmp_path / "input.txt").write_bytes(SHAKESPEARE.read_bytes())
-    result = subprocess.run([sys.executable, str(tmp_path / "prepare.py")], cwd="/", capture_output=True, text=True)
-    assert result.returncode == 0 and "train has 1,003,854 tokens\nval has 111,540 tokens" in result.stdout
+    (tmp_path / "input.txt").write_bytes(real_text().encode())
+    result = subprocess.run([sys.executable, str(tmp_path / "prepare.py")], cwd="/",
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "train has 1,003,854 tokens\nval has 111,540 tokens" in result.stdout
     chars, train, val = read(tmp_path)
-    assert len(chars) == 65 and train + val == SHAKESPEARE.read_text(encoding="utf-8")
-    assert hashlib.sha256((train + val).encode()).hexdigest() == prepare.SHA256 and len(train + val) == prepare.SIZE
+    assert len(chars) == 65 and train + val == real_text() and len(train + val) == prepare.SIZE
+    assert hashlib.sha256((train + val).encode()).hexdigest() == prepare.SHA256
 
 
 # -----------------------------------------------------------------------------
@@ -107,7 +118,7 @@ class Response:
 
 @pytest.fixture
 def world(monkeypatch, tmp_path):
-    """world(first, second): what each mirror answers, in turn. -> the list of the URLs that were asked."""
+    """world(first, second): what each mirror answers, in turn. -> the URLs that were asked."""
     body = b"the canonical text\n" * 100
     monkeypatch.setattr(prepare, "HERE", tmp_path)
     monkeypatch.setattr(prepare, "SIZE", len(body))
@@ -139,8 +150,9 @@ def test_download(world, call):
 
 
 @pytest.mark.parametrize("bad", [
-    requests.ConnectionError(), requests.Timeout(), Response(b"gone", 404), Response(b"<html>log in first</html>"),
-    Response(b"y" * 1900), Response(b"x" * 5000), Response(b"x" * 70_000 + b"BREAK")])
+    requests.ConnectionError(), requests.Timeout(), Response(b"gone", 404),
+    Response(b"<html>log in first</html>"), Response(b"y" * 1900), Response(b"x" * 5000),
+    Response(b"x" * 70_000 + b"BREAK")])
 def test_a_bad_answer_is_tried_again_then_the_mirror_is_asked(world, call, bad):
     asked = world(bad, Response(world.body))
     assert call(prepare).code == 0 and asked == [prepare.URLS[0]] * 3 + [prepare.URLS[1]]
@@ -152,5 +164,6 @@ def test_a_bad_answer_is_tried_again_then_the_mirror_is_asked(world, call, bad):
 
 def test_no_network_is_one_line_that_says_what_to_do(world, call):
     world(requests.ConnectionError(), requests.ConnectionError())
-    assert_one_line_error(call(prepare), "ConnectionError", str(world.folder / "input.txt"), "by hand")
+    where = str(world.folder / "input.txt")
+    assert_one_line_error(call(prepare), "ConnectionError", where, "by hand")
     assert list(world.folder.iterdir()) == []

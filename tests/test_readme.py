@@ -1,25 +1,81 @@
-"""What the README shows must be what the code is."""
+"""What the README shows must be what the code is, and its commands must work as written."""
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
+INLINE = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+COMMANDS = [" ".join(text.split()) for text in [*"".join(FENCED).splitlines(), *INLINE]
+            if text.startswith("python ") and "…" not in text]
+TOY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--max_iters=4",
+       "--eval_interval=2", "--eval_chars=64"]
 
 
-def test_the_listing_is_the_code_s_own():
-    listing = re.search(r"```python\n(def forward_process.*?)```", README, re.DOTALL).group(1)
-    code = re.sub(r'    """.*?"""\n', "", (ROOT / "train.py").read_text(encoding="utf-8"), flags=re.DOTALL)
-    functions = [part.strip() for part in re.split(r"\n\n+", listing)]
-    assert len(functions) == 3
-    for function in functions:
-        assert function in code, function
+def code_of(name):
+    """A script without its docstrings."""
+    return re.sub(r'    """.*?"""\n', "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def test_flags_and_files_that_it_names_exist():
-    names = ("train.py", "main.py", "data/shakespeare_char/prepare.py")
-    scripts = "".join((ROOT / name).read_text(encoding="utf-8") for name in names)
-    for flag in set(re.findall(r"--(\w+)", README)) - {"help", "standalone", "nproc_per_node"}:
-        assert f"    {flag}: " in scripts or f'"--{flag}"' in scripts, flag
-    for path in set(re.findall(r"\b(?:tests|data|assets)/[\w/.]*\w", README)) - {"data/mine"}:
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("start, script", [("def forward_process", "train.py"),
+                                           ("    for num_revised", "main.py")])
+def test_the_listings_are_the_code_s_own(start, script):
+    [listing] = [text for text in FENCED if text.startswith(start)]
+    for part in re.split(r"\n\n+(?=\S)", listing.rstrip()):
+        assert part in code_of(script), part
+
+
+def test_flags_that_it_names_exist():
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/*/prepare.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in scripts)
+    elsewhere = {"standalone", "nproc_per_node", "index-url"}  # of torchrun and pip
+    for flag in set(re.findall(r"[\s`]--([\w-]+)", README)) - elsewhere:
+        assert re.search(rf'"--{flag}"|^    {flag}: ', code, re.MULTILINE), flag
+
+
+def test_files_that_it_names_exist():
+    linked = re.findall(r"\]\(((?:assets|tests)/[^)]+)\)", README)
+    quoted = re.findall(r"`((?:\w+/)*\w+\.(?:py|pt|txt))`", README)
+    written_by_commands = {"X.pt", "prepare.py"}  # the latter is short for the one of data/
+    for name in {*linked, *quoted} - written_by_commands:
+        assert (ROOT / name).exists(), name
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("clone")
+    for path in (*ROOT.glob("*.py"), ROOT / "pretrained_gpt_last.pt", ROOT / "assets"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    (folder / "data" / "shakespeare_char").mkdir(parents=True)
+    shutil.copy(ROOT / "data/shakespeare_char/prepare.py", folder / "data/shakespeare_char")
+    for name in ("data/shakespeare_char/input.txt", "my.txt"):
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_every_command_works_in_its_order(clone):
+    """As pasted, but that training is cut to a toy; commands that the README repeats run once."""
+    assert len(COMMANDS) > 9
+    for command in dict.fromkeys(COMMANDS):
+        words = shlex.split(command)
+        words += TOY if words[1] == "train.py" else []
+        done = subprocess.run([sys.executable, *words[1:]], cwd=clone, capture_output=True, text=True)
+        assert done.returncode == 0, command + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_restored_text_is_what_the_shipped_model_restores(run):
+    """Sampling depends a little on the machine's arithmetic: most of what is shown must come."""
+    damaged, shown = (text for text in FENCED if "dr" in text and "pp'd" in text)
+    assert damaged == (ROOT / "assets/damaged.txt").read_text()
+    restored = run(ROOT / "main.py", "--infill=assets/damaged.txt", "--seed=1", cwd=ROOT).stdout
+    holes = [i for i, char in enumerate(damaged) if char == "_"]
+    assert len(restored) == len(shown) == len(damaged)
+    assert all(restored[i] == damaged[i] for i in range(len(damaged)) if i not in holes)
+    assert sum(restored[i] == shown[i] for i in holes) > 0.8 * len(holes)

@@ -1,12 +1,13 @@
 """
-Text -> train.bin, val.bin (uint16 character ids, first 90 % / last 10 %) and meta.json (the characters; id = place).
+Text -> train.bin and val.bin (its characters as uint16 ids: the first 90 %, the last 10 %) and
+meta.json (the characters; a character's id is its place in the list).
 
-    python data/shakespeare_char/prepare.py                                      # Tiny Shakespeare
-    python data/shakespeare_char/prepare.py --input=my.txt --out_dir=data/mine   # any UTF-8 text of your own
-    python train.py --dataset=mine                                               # ... and train on it
+    python data/shakespeare_char/prepare.py                                     # Tiny Shakespeare
+    python data/shakespeare_char/prepare.py --input=my.txt --out_dir=data/mine  # any UTF-8 text
+    python train.py --dataset=mine                                              # train on it
 
-Without flags the text is the input.txt beside this script; if there is none, Tiny Shakespeare is downloaded there.
-Characters are Unicode code points, kept exactly as they stand in the file (line ends too).
+Without flags the text is the input.txt beside this script; if there is none, Tiny Shakespeare is
+downloaded there. Characters are Unicode code points, kept as they are in the file (line ends too).
 """
 
 import argparse
@@ -44,7 +45,8 @@ def write_atomically(path, data):
 
 
 def fetch(url):
-    """-> the bytes at url. ValueError if they are not Tiny Shakespeare, requests.RequestException if unreachable."""
+    """-> the bytes at url. ValueError if they are not Tiny Shakespeare, requests.RequestException
+    if it can't be reached."""
     data = bytearray()
     with requests.get(url, stream=True, timeout=15) as response:
         response.raise_for_status()
@@ -60,7 +62,7 @@ def fetch(url):
 
 
 def download(path, tries=3):
-    """Tiny Shakespeare -> path, from the first of URLS that has it. ConnectionError if none does."""
+    """Tiny Shakespeare -> path, from the first of URLS that has it, or ConnectionError."""
     failures = []
     for url in URLS:
         for attempt in range(tries):
@@ -72,27 +74,28 @@ def download(path, tries=3):
                 failure = f"{e} from {url}"
             time.sleep(attempt)
         failures.append(failure)
-    raise ConnectionError(f"could not download Tiny Shakespeare ({'; '.join(failures)}). Without a network: "
-                          f"save that file as {path} by hand and run this again")
+    raise ConnectionError(f"could not download Tiny Shakespeare ({'; '.join(failures)}). Without a "
+                          f"network: save that file as {path} by hand and run this again")
 
 
 def encode(text):
-    """-> (ids, chars): uint16 ids (len(text),), and the sorted different characters as one string. One table look-up
-    over the code points: 100 MB in seconds. ValueError if uint16 can't hold the ids and, later, one more for [MASK]."""
+    """-> (ids, chars): uint16 ids (len(text),), and the sorted different characters as one string.
+    One table look-up over the code points: 100 MB in seconds. ValueError if uint16 can't hold the
+    ids and, later, one more for [MASK]."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)  # (len(text),)
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     seen[codes] = True
-    alphabet = np.flatnonzero(seen)                                   # (vocabulary,) sorted code points
+    alphabet = np.flatnonzero(seen)                                   # (vocabulary,) code points
     if len(alphabet) > 65_535:
-        raise ValueError(f"{len(alphabet):,} different characters; at most 65,535 fit the uint16 files")
+        raise ValueError(f"{len(alphabet):,} different characters; at most 65,535 fit uint16 ids")
     table = np.zeros(sys.maxunicode + 1, dtype=np.uint16)
     table[alphabet] = np.arange(len(alphabet))
     return table[codes], "".join(map(chr, alphabet))
 
 
 def prepare(source, out_dir):
-    """The UTF-8 text file source -> three files in out_dir. ValueError for a text that can't be used, before
-    anything is written."""
+    """The UTF-8 text file source -> three files in out_dir. ValueError for a text that can't be
+    used, before anything is written."""
     try:
         text = source.read_bytes().decode("utf-8")
     except UnicodeDecodeError as e:
@@ -108,7 +111,8 @@ def prepare(source, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(out_dir / "train.bin", ids[:n].astype("<u2").tobytes())
     write_atomically(out_dir / "val.bin", ids[n:].astype("<u2").tobytes())
-    write_atomically(out_dir / "meta.json", json.dumps({"chars": list(chars)}, ensure_ascii=False).encode("utf-8"))
+    meta = json.dumps({"chars": list(chars)}, ensure_ascii=False)
+    write_atomically(out_dir / "meta.json", meta.encode("utf-8"))
     print(f"length of dataset in characters: {len(ids):,}")
     print("all the unique characters:", chars if len(chars) <= 200 else chars[:200] + " ...")
     print(f"vocab size: {len(chars):,}")
@@ -123,13 +127,15 @@ def fail(message):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail  # one line, without the usage
-    parser.add_argument("--input", type=Path, help="a UTF-8 text of your own; needs --out_dir")
-    parser.add_argument("--out_dir", type=Path, help="folder for the three files (default: the one of this script)")
+    parser.add_argument("--input", type=Path,
+                        help="a UTF-8 text of your own; needs --out_dir (default: none)")
+    parser.add_argument("--out_dir", type=Path,
+                        help="folder for the three files (default: the one of this script)")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show a character must not stop us
+    sys.stdout.reconfigure(errors="backslashreplace")  # some terminals can't show every character
     if args.input and not args.out_dir:
         fail("--input needs --out_dir: say where the files of your own text go")
     source = args.input or HERE / "input.txt"

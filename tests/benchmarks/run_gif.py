@@ -1,0 +1,92 @@
+"""
+Draw a run as a moving picture, in the look of assets/replay.html.
+
+    python main.py --seed=1 --html=run.html
+    python tests/benchmarks/run_gif.py run.html assets/run.gif
+
+One frame for each state of the first page: masks in grey, what is fresh on yellow, the rest from
+blue (decided first) to red (decided last). Needs Pillow (pip install pillow) and, as Debian's
+fonts-dejavu-core installs it, DejaVu Sans Mono.
+"""
+
+import colorsys
+import json
+import re
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+FONT = "/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf"
+PAPER, DIM, MASK, FRESH, INK = map(ImageColor.getrgb, (
+    "#faf9f6", "#8a8a94", "#d8d6d0", "#ffe066", "#1c1c22"))
+HUES = [tuple(round(255 * v) for v in colorsys.hls_to_rgb((265 - 265 * i / 11) / 360, .38, .75))
+        for i in range(12)]
+WIDTH, MARGIN, LINE, SIZE = 700, 20, 24, 16             # pixels
+FIRST, EACH, LAST = 900, 180, 3000                      # milliseconds
+
+
+def states_of(html):
+    """-> for every state: the caption, and the page as a list of (character or None, the state in
+    which it was decided)."""
+    run = json.loads(re.search(r'<script id="run"[^>]*>(.*?)</script>', html, re.S)[1])
+    writes = [any(char is not None for *_, char in changes) for changes in run["changes"]]
+    page = [(char, 0) for char in run["start"][0]]
+    states = [(f"step 0 of {sum(writes)}", list(page))]
+    for number, changes in enumerate(run["changes"], 1):
+        for row, position, char in changes:
+            if row == 0:
+                page[position] = char, number
+        again = "" if writes[number - 1] else ", masked again"
+        states.append((f"step {sum(writes[:number])} of {sum(writes)}{again}", list(page)))
+    if page[0] == ("\n", 0):  # given to say that the page begins at a line's start; not shown
+        states = [(caption, page[1:]) for caption, page in states]
+    return states
+
+
+def lines_of(page, columns):
+    lines = [[]]
+    for char, decided in page:
+        if char == "\n" or len(lines[-1]) == columns:
+            lines.append([])
+        if char != "\n":
+            lines[-1].append((char, decided))
+    return lines
+
+
+def frames_of(states):
+    font = ImageFont.truetype(FONT, SIZE)
+    width, last = round(font.getlength("M")), len(states) - 1
+    pages = [lines_of(page, (WIDTH - 2 * MARGIN) // width) for _, page in states]
+    bottom = MARGIN + LINE * max(map(len, pages)) + LINE // 2
+    for now, ((caption, _), lines) in enumerate(zip(states, pages)):
+        image = Image.new("RGB", (WIDTH, bottom + LINE + MARGIN // 2), PAPER)
+        draw = ImageDraw.Draw(image)
+        draw.fontmode = "1"  # letters of one colour each: smoothed ones make a larger file
+        for row, line in enumerate(lines):
+            for column, (char, decided) in enumerate(line):
+                x, y = MARGIN + column * width, MARGIN + row * LINE
+                ink = HUES[11 * (decided - 1) // max(1, last - 1)] if decided else INK
+                if char is None:
+                    char, ink = "▒", MASK
+                elif 0 < decided == now < last:
+                    draw.rectangle([x, y, x + width - 1, y + LINE - 3], fill=FRESH)
+                    ink = INK
+                draw.text((x, y), char, font=font, fill=ink)
+        draw.text((MARGIN, bottom), caption, font=font, fill=DIM)
+        yield image
+
+
+def main():
+    source, target = sys.argv[1:]
+    states, palette = states_of(Path(source).read_text(encoding="utf-8")), Image.new("P", (1, 1))
+    palette.putpalette([value for color in (PAPER, DIM, MASK, FRESH, INK, *HUES)
+                        for value in color])
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE)
+              for frame in frames_of(states)]
+    frames[0].save(target, save_all=True, append_images=frames[1:], loop=0, optimize=True,
+                   duration=[FIRST, *[EACH] * (len(frames) - 2), LAST])
+
+
+if __name__ == "__main__":
+    main()
