@@ -20,7 +20,8 @@ TOY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--max_ite
 
 def code_of(name):
     """A script without its docstrings."""
-    return re.sub(r'    """.*?"""\n', "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.sub(r'    """.*?"""\n', "", text, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("start, script", [("def forward_process", "train.py"),
@@ -65,7 +66,8 @@ def test_every_command_works_in_its_order(clone):
     for command in dict.fromkeys(COMMANDS):
         words = shlex.split(command)
         words += TOY if words[1] == "train.py" else []
-        done = subprocess.run([sys.executable, *words[1:]], cwd=clone, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *words[1:]], cwd=clone, capture_output=True,
+                              text=True)
         assert done.returncode == 0, command + done.stderr
         assert "Traceback" not in done.stderr
 
