@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (check, fail, load_checkpoint, one_line_errors, pick_device, pick_dtype,
-                   resolve_path, write_atomically)
+                   resolve_path, stop_signals, write_atomically)
 
 SHIPPED = Path(__file__).resolve().parent / "pretrained_gpt_last.pt"
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "replay.html"
@@ -66,7 +66,7 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     p_written = torch.full(x.shape, torch.inf, dtype=torch.float64, device=x.device)
     for num_revised, num_transfer_tokens in schedule(~given, steps, block_length, revise):
         if num_revised is not None:
-            x = torch.where(least_probable(p_written, num_revised, generator), mask_id, x)
+            x = torch.where(choose_revised(p_written, num_revised, generator), mask_id, x)
             yield x
         logits = predict(model, x, given, mask_id, cfg_scale)             # (B, T, mask_id)
         x0 = sample(logits, temperature, generator)                       # (B, T)
@@ -89,9 +89,9 @@ def check_arguments(x, steps, temperature, remasking, block_length, cfg_scale, r
     check(block_length is None or block_length >= 1,
           f"block_length must be at least 1, not {block_length}")
     check(0 <= cfg_scale < torch.inf, f"cfg_scale must be finite and at least 0, not {cfg_scale}")
-    check(0 <= revise <= 1, f"revise must be in 0 to 1, not {revise}")
+    check(0 <= revise <= 1, f"revise must be between 0 and 1, not {revise}")
     check(not isinstance(generator, list) or len(generator) == len(x),
-          f"generators must be as many as rows, {len(x)}")
+          f"generators must be one per row, {len(x)}")
 
 
 def predict(model, x, given, mask_id, cfg_scale):
@@ -136,8 +136,8 @@ def highest(score, count):
 
 
 def writing_order(remasking, x, generator):
-    """The order in which positions are written where it does not depend on the text: (B, T) in
-    [0, 1), the highest first."""
+    """A score for each position, (B, T) in [0, 1): higher is written earlier. It does not depend on
+    the text; low_confidence does not use it."""
     B, T = x.shape
     if remasking == "dilated":  # multiples of the golden ratio, modulo 1: neighbours are far apart
         multiples = torch.arange(T, device=x.device) * ((math.sqrt(5) - 1) / 2)
@@ -150,10 +150,11 @@ def block_of(masked, block_length):
     return (masked.cumsum(dim=1) - 1) // (block_length or masked.shape[1])
 
 
-def least_probable(p_written, count, generator):
-    """Which count (B, 1) tokens to mask again: all but those that a draw without replacement, with
-    weights p_written (B, T), the probability that a token had when it was written, keeps (MaskGIT,
-    arXiv 2202.04200, draws in this way). Given tokens have weight infinity. -> (B, T) bool."""
+def choose_revised(p_written, count, generator):
+    """Choose count (B, 1) tokens per row to mask again. The others are drawn without replacement
+    with weights p_written (B, T), the probability that each had when it was written (as in MaskGIT,
+    arXiv 2202.04200), so improbable tokens tend to go. Given tokens have an infinite weight and
+    always stay. -> (B, T) bool."""
     noise = gumbel(p_written.shape, generator, p_written.device)
     return highest(-(p_written.log() + noise), count)
 
@@ -168,9 +169,10 @@ def schedule(masked, steps, block_length, revise):
     n_blocks = math.ceil(longest / block_length) if longest else 0
     passes, waiting = [], 0
     for i in range(n_blocks):
+        # with fewer steps than blocks, a block waits for the next one that gets a step
         waiting = waiting + (n_masks - i * block_length).clamp(0, block_length)
         block_steps = draft * (i + 1) // n_blocks - draft * i // n_blocks
-        for step in range(block_steps):  # as LLaDA does: evenly, what is left over at first
+        for step in range(block_steps):  # evenly; the first steps take the remainder, as in LLaDA
             passes.append((None, waiting // block_steps + (step < waiting % block_steps)))
         waiting = 0 if block_steps else waiting
     if revise and longest:
@@ -196,22 +198,30 @@ def left_to_right(model, x, mask_id, temperature=1.0, generator=None):
 
 def generate_pages(fill, x, mask_id, block_size, steps):
     """Pages of any length: a window slides along, with up to half of it before the first mask, and
-    what is written in one window is context for the next. fill(window, steps) -> an iterator of
-    states, such as unmask, for a window of at most block_size. x (B, T) long, masked at the same
-    places in each row; steps: of all windows together, one each at least. Yields (B, T) states."""
-    total = left = n_masks(x, mask_id)
+    what is written in one window is context for the next. Where text follows a window, its last
+    quarter is left to the next one, so that every mask is written with context on both sides.
+    fill(window, steps) -> an iterator of states, such as unmask, for a window of at most
+    block_size. x (B, T) long, masked at the same places in each row; steps: of all windows
+    together, one each at least. Yields (B, T) states."""
+    page, total = x, count_masks(x, mask_id)
+    left = total
     while left:
         first = int((x == mask_id).any(dim=0).int().argmax())
         start = max(0, min(first - block_size // 2, x.shape[1] - block_size))
-        window = x[:, start:start + block_size]
-        before, left = left, left - n_masks(window, mask_id)
+        end = start + block_size
+        keep = end - block_size // 4 if (x[:, end:] != mask_id).any() else end
+        before, left = left, left - count_masks(x[:, start:keep], mask_id)
         window_steps = steps * (total - left) // total - steps * (total - before) // total
-        for state in fill(window, max(1, window_steps)):
-            x = torch.cat([x[:, :start], state, x[:, start + block_size:]], dim=1)
+        for state in fill(x[:, start:end], max(1, window_steps)):
+            x = torch.cat([x[:, :start], state, x[:, end:]], dim=1)
+            yield x
+        if count_masks(page[:, keep:end], mask_id):
+            x = torch.cat([x[:, :keep], page[:, keep:]], dim=1)
             yield x
 
 
-def n_masks(x, mask_id):
+def count_masks(x, mask_id):
+    """Of the row that has the most."""
     return int((x == mask_id).sum(dim=1).max())
 
 
@@ -220,8 +230,8 @@ def n_masks(x, mask_id):
 
 @contextmanager
 def own_screen():
-    """The terminal's second screen, without a cursor and without wrapping; afterwards the first one
-    comes back, whatever happens."""
+    """The terminal's alternate screen, without a cursor and without wrapping; afterwards, whatever
+    happens, the first one comes back."""
     try:
         sys.stdout.write("\x1b[?1049h\x1b[?25l\x1b[?7l")
         yield
@@ -262,7 +272,7 @@ def save_replay(path, states, mask_id, chars):
                for before, after in zip(states, states[1:])]
     run = json.dumps(dict(start=start, changes=changes), separators=(",", ":"))
     html = TEMPLATE.read_text(encoding="utf-8").replace("{{RUN}}", run.replace("<", "\\u003c"))
-    write_atomically(path, lambda f: f.write(html.encode()))  # with no "<", no tag can begin in run
+    write_atomically(path, html.encode())  # with no "<", no tag can begin in run
 
 
 # -----------------------------------------------------------------------------
@@ -312,7 +322,7 @@ def read_infill(text):
         return text
     data = sys.stdin.buffer.read() if text == "-" else Path(text).read_bytes()
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")  # as prepare.py reads text
     except UnicodeDecodeError as e:
         raise ValueError(f"--infill={text} is not UTF-8 text") from e
 
@@ -391,7 +401,7 @@ def generate(args):
             show(page, page, mask_id, chars, f"step 0 of {steps}")
         for x in generate_pages(fill, x, mask_id, block_size, steps):
             before, page = page, x[:, hidden:]
-            if n_masks(page, mask_id) < n_masks(before, mask_id):        # else: masked again
+            if count_masks(page, mask_id) < count_masks(before, mask_id):  # else: masked again
                 passes += 1
                 bar.update()
             if animate:
@@ -429,6 +439,8 @@ def main():
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)  # KeyboardInterrupt restores the screen
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # python main.py | head ends quietly
     main()

@@ -8,18 +8,24 @@ device and dtype it runs on.
 
 A GPT becomes the mask predictor of a diffusion language model when its causal mask is removed:
 every position sees every other, so a character can be predicted from both sides. There is no time
-embedding either: the number of [MASK]s in the input tells the time, and the best prediction depends
-on nothing else (RADD, arXiv 2406.03736, theorem 1).
+embedding: given the visible characters, the best prediction of a masked one does not depend on the
+time (RADD, arXiv 2406.03736, theorem 1).
 """
 
 import math
+import errno
+import io
 import os
 import re
+import secrets
+import shutil
+import signal
 import sys
 import timeit
 import warnings
+import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -28,7 +34,7 @@ import torch.nn.functional as F
 
 
 def check(condition, message):
-    """ValueError(message) unless condition holds: how unmask refuses bad input."""
+    """Raise ValueError(message) unless condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -46,8 +52,12 @@ class GPTConfig:
     causal: bool = False    # True: the autoregressive twin, which sees only what is to the left
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for f in fields(self):  # a checkpoint may come from anywhere
+            value = getattr(self, f.name)
+            check(type(value) is f.type or f.type is float and type(value) is int,
+                  f"{f.name} must be of type {f.type.__name__}, not {value!r}")
+            check(f.type is not int or 1 <= value <= 2**16,
+                  f"{f.name} must be in 1 to {2**16}, not {value}")
         check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         check(self.n_embd % self.n_head == 0,
               f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
@@ -86,7 +96,8 @@ class SelfAttention(nn.Module):
         if cache is not None:                                # (2, B, n_head, S, head_dim)
             cache[..., start:start + T, :] = torch.stack([k, v])
             k, v = cache[..., :start + T, :]
-        # is_causal=False is all that makes a GPT a mask predictor (a lone new position sees all)
+        # is_causal=False is the one change that makes a GPT a mask predictor. (T > 1: with a cache,
+        # a single new position sees all that is in it.)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -183,19 +194,33 @@ def resolve_path(name):
     return path if path.suffix else path.with_name(path.name + ".pt")
 
 
-def write_atomically(path, write):
-    """Let write(file) fill a temporary file beside path, flush it to disk, and rename it to path:
-    whenever the process dies, path is either the old file or the new one, whole."""
+def write_atomically(path, data):
+    """Write bytes to a new temporary file beside path, flush it to disk, and rename it to path:
+    whenever the process dies, path is either the old file or the new one, whole. An old file's mode
+    is kept. OSError if path can't be written or is no regular file (a folder, a device, a pipe)."""
     path = Path(os.path.realpath(path))
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(tmp, "wb") as f:
-            write(f)
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        with open(tmp, "xb") as f:  # x: never an existing file, nor through a link
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        if path.exists():
+            shutil.copymode(path, tmp)
         os.replace(tmp, path)
+    except OSError as e:
+        raise OSError(f"{path} can't be written: {e.strerror}") from e
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_file(path, content):
+    """torch.save, atomically."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def save_checkpoint(path, model, chars, **info):
@@ -207,20 +232,23 @@ def save_checkpoint(path, model, chars, **info):
         "model": {name: p.detach().cpu() for name, p in model.state_dict().items()},
         "info": {**info, "torch_version": str(torch.__version__)},
     }
-    write_atomically(path, lambda f: torch.save(checkpoint, f))
+    write_file(path, checkpoint)
 
 
 def read_file(path):
     """-> what torch.save wrote to path, on the CPU. Never runs code from the file. OSError if it
-    can't be opened, ValueError if it is damaged."""
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
+    can't be opened, ValueError if it is damaged: every part must fit its checksum."""
     if not Path(path).exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    with open(path, "rb") as f, warnings.catch_warnings():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not Path(path).is_file():
+        raise OSError(f"{path} is a folder, a device or a pipe, not a checkpoint")
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch, about foreign files
         try:
-            return torch.load(f, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path) as z:  # torch.save does not compress: no small file is huge
+                stored = all(part.compress_type == zipfile.ZIP_STORED for part in z.infolist())
+                check(stored and z.testzip() is None, "a checksum does not fit")
+            return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:  # any bytes may stand in the file: torch.load fails in many ways
             raise ValueError(f"{path} is not a checkpoint, or is damaged or cut short "
                              f"({type(e).__name__})") from e
@@ -231,10 +259,16 @@ def load_checkpoint(path, device="cpu"):
     it can't be opened, ValueError for all but a whole checkpoint with finite weights."""
     checkpoint = read_file(path)
     try:
-        model = GPT(GPTConfig(**checkpoint["config"]))
+        config = GPTConfig(**checkpoint["config"])
         chars, weights, info = checkpoint["chars"], checkpoint["model"], dict(checkpoint["info"])
-        check(len(chars) == len(set(chars)) == model.config.mask_id
-              and all(len(c) == 1 for c in chars), "its vocabulary does not fit its config")
+        check(isinstance(chars, list) and all(isinstance(c, str) and len(c) == 1 for c in chars)
+              and len(chars) == len(set(chars)) == config.mask_id,
+              "its vocabulary does not fit its config")
+        check(config.n_layer <= len(weights), "it holds too few weights")
+        with torch.device("meta"):  # no memory is taken before the shapes are compared
+            model = GPT(config)
+        model.load_state_dict(weights, assign=True)
+        model = GPT(config)
         model.load_state_dict(weights)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
@@ -264,7 +298,7 @@ def pick_device(name="auto"):
 
 
 def pick_dtype(name, device):
-    """auto | float32 | bfloat16 | float16 -> (torch.dtype for autocast, why)."""
+    """auto | float32 | bfloat16 | float16 -> (torch.dtype to compute in, why)."""
     check(name in ("auto", "float32", "bfloat16", "float16"),
           f"--dtype={name} is not one of auto, float32, bfloat16, float16")
     if name != "auto":
@@ -290,6 +324,15 @@ def fail(message):
     """Bad input: one line on stderr, exit status 2."""
     print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
     sys.exit(2)
+
+
+def stop_signals():
+    """The signals that ask a script to stop: Ctrl-C, a scheduler's SIGTERM, and a closed terminal's
+    SIGHUP, unless nohup has it ignored."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)  # Windows has none
+    return signals
 
 
 @contextmanager

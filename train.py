@@ -7,8 +7,8 @@ The forward process: mask a random share of the text, learn to predict it back.
     python train.py --eval_only --init_from=X        # the NELBO of any checkpoint on any data
     python train.py --save_filename=X --n_layer=2 --n_embd=64 --n_head=1 --max_iters=200   # a toy
 
-N processes (GPUs or CPU cores) share the work of each iteration, on one machine or, each with the
-same line, on several that see the same files:
+N processes (GPUs or CPU cores) share the work of each iteration, on one machine, or on several with
+a shared file system, where each runs the second line with a --node_rank of its own:
 
     torchrun --standalone --nproc_per_node=N train.py --save_filename=X
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 \\
@@ -26,6 +26,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -38,7 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import (GPT, GPTConfig, check, fail, load_checkpoint, one_line_errors, pick_device,
-                   pick_dtype, read_file, resolve_path, save_checkpoint, write_atomically)
+                   pick_dtype, read_file, resolve_path, save_checkpoint, stop_signals,
+                   write_atomically, write_file)
 
 # torchrun says which of the run's processes this is, over all machines and on this one
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -107,7 +109,7 @@ class TrainConfig:
 
     @property
     def characters(self):
-        """Of one iteration."""
+        """Characters of one iteration."""
         return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
 
@@ -168,7 +170,7 @@ def train(run):
     new_losses = []                                          # since the last reading, on the device
     bar = tqdm(total=config.max_iters, initial=run.iteration, unit="it",
                disable=None if RANK == 0 else True)          # None: unless stderr is a terminal
-    with stop_on_ctrl_c(run), closing(bar):
+    with stop_on_signals(run), closing(bar):
         while run.iteration < config.max_iters and not run.interrupted:
             # draws depend on seed and iteration alone, however often a run is interrupted
             generator = torch.Generator().manual_seed(seed_for(config.seed, run.iteration))
@@ -211,7 +213,7 @@ def windows(data, starts, length):
 def get_batch(data, config, generator):
     """-> input_ids (B, T): the windows of one iteration, of all processes and forward passes."""
     B, T = config.batch_size * config.gradient_accumulation_steps, config.block_size
-    if torch.rand((), generator=generator) < 0.01:           # LLaDA: a few are of random length
+    if torch.rand((), generator=generator) < 0.01:           # as in LLaDA: 1 % are shorter
         T = int(torch.randint(1, T + 1, (), generator=generator))
     return windows(data, torch.randint(len(data) - T + 1, (B,), generator=generator), T)
 
@@ -318,17 +320,22 @@ def show_progress(run, bar):
 
 
 @contextmanager
-def stop_on_ctrl_c(run):
-    """Ctrl-C asks the run to stop after the iteration; a second one does not wait."""
+def stop_on_signals(run):
+    """Ctrl-C, SIGTERM (of schedulers) and SIGHUP ask the run to stop after the iteration; a second
+    signal does not wait."""
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
     def stop(*_):
         run.stop_requested = True
-        signal.signal(signal.SIGINT, previous)
-        tqdm.write("Ctrl-C: stopping after this iteration")
-    previous = signal.signal(signal.SIGINT, stop)
+        restore()
+        tqdm.write("stopping soon")
+    previous = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()
 
 
 # -----------------------------------------------------------------------------
@@ -373,7 +380,7 @@ def estimate_nll(model, data, batch_size=64, autocast=nullcontext()):
             input_ids = windows(data, starts, L).to(device)
             nll.append(next_token_losses(model, model.config.mask_id, input_ids).mean(dim=1).cpu())
     nll = torch.cat(nll).double()                                                  # (W,)
-    return float(nll.mean()), float(nll.std() / math.sqrt(len(nll)))
+    return float(nll.mean()), float(nll.std(correction=0) / math.sqrt(max(1, len(nll) - 1)))
 
 
 def measure(model, data, passes, batch_size, autocast):
@@ -398,10 +405,10 @@ def evaluate(run):
         save_model(run)
     lines = [row.keys(), *(row.values() for row in run.history)]
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    write_atomically(f"{run.path}.csv", lambda f: f.write(text.encode()))
+    write_atomically(f"{run.path}.csv", text.encode())
 
 
-def evaluate_checkpoint(config):
+def evaluate_checkpoint(config, given):
     """--eval_only: the NELBO of --init_from, on all of both splits."""
     check(WORLD_SIZE == 1, "--eval_only is for one process: python in place of torchrun")
     check(config.init_from, "--eval_only needs --init_from=X, the checkpoint to evaluate")
@@ -409,7 +416,8 @@ def evaluate_checkpoint(config):
     device, why_device = pick_device(config.device)
     dtype, why_dtype = pick_dtype(config.dtype, device)
     model, chars, info = load_checkpoint(path, device)
-    train_data, val_data, _ = load_data(config, model.config.block_size, chars)
+    adopt_sizes(config, given, model.config)
+    train_data, val_data, _ = load_data(config, config.block_size, chars)
     print(f"device: {device} ({why_device})\ndtype: {name_of(dtype)} ({why_dtype})")
     print(f"{path}: iteration {info.get('iteration')}")
     for split, data in (("train", train_data), ("val", val_data)):
@@ -425,28 +433,29 @@ def load_data(config, block_size, chars=None):
     """-> (train, val, chars): both splits as uint16 ids (N,), memory maps of the .bin files, and
     the vocabulary. With chars, a model's vocabulary, the ids are translated to it. ValueError or
     FileNotFoundError for anything that can't be trained on."""
-    here = Path(__file__).resolve().parent
-    folder = Path(config.data_dir) if config.data_dir else here / "data" / config.dataset
+    folder = Path(__file__).resolve().parent / "data" / config.dataset
+    if config.data_dir:
+        folder = Path(config.data_dir).expanduser()
     for name in ("meta.json", "train.bin", "val.bin"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"there is no {name} in {folder}; prepare.py writes it")
     try:
-        data_chars = list(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["chars"])
-        different = len(set(data_chars)) == len(data_chars) and all(len(c) == 1 for c in data_chars)
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        data_chars, crc32 = list(meta["chars"]), dict(meta["crc32"])
+        whole = all(zlib.crc32((folder / name).read_bytes()) == crc32[name] for name in crc32)
+        whole = whole and set(crc32) == {"train.bin", "val.bin"}
     except (ValueError, KeyError, TypeError):
-        different = False
-    check(different, f"{folder / 'meta.json'} does not list different characters: run prepare.py")
+        whole = False
+    check(whole, f"meta.json, train.bin and val.bin in {folder} do not belong together, or one is "
+                 "damaged: run prepare.py again")
     unknown = "".join(sorted(set(data_chars) - set(chars or data_chars)))
     check(not unknown, f"{folder} has characters that the model does not know: {unknown[:20]!r}")
     splits = []
     for path in (folder / "train.bin", folder / "val.bin"):
-        size, odd = divmod(path.stat().st_size, 2)
-        check(not odd, f"{path} has an odd number of bytes: not uint16 ids; run prepare.py again")
+        size = path.stat().st_size // 2
         check(size >= block_size,
               f"{path} has {size} characters, fewer than one --block_size={block_size}")
         ids = np.memmap(path, dtype="<u2", mode="r")
-        check(ids.max() < len(data_chars), f"{path} has id {ids.max()}, beyond the "
-              f"{len(data_chars)} characters of meta.json; run prepare.py again")
         if chars and data_chars != chars:
             ids = np.array([chars.index(c) for c in data_chars], dtype="<u2")[ids]
         splits.append(ids)
@@ -494,7 +503,8 @@ class Run:
 
 PROGRESS = ("iteration", "losses", "history")
 # what may differ between an interrupted run and its --resume
-FREE_ON_RESUME = {"resume", "save_filename", "device", "compile"}
+FREE_ON_RESUME = {"resume", "save_filename", "device", "compile", "dataset", "data_dir",
+                  "eval_interval", "eval_chars", "eval_passes", "log_interval"}
 
 
 def save_state(run):
@@ -502,16 +512,21 @@ def save_state(run):
     state = {name: part.state_dict() for name, part in run.parts().items()}
     state |= {name: getattr(run, name) for name in PROGRESS}
     state |= dict(config=asdict(run.config), chars=run.chars, dtype=name_of(run.dtype),
-                  minutes=run.minutes())
-    write_atomically(f"{run.path}.state", lambda f: torch.save(state, f))
+                  minutes=run.minutes(), data_crc32=zlib.crc32(run.train_data))
+    write_file(f"{run.path}.state", state)
 
 
 def load_state(run, state):
-    for name, part in run.parts().items():
-        part.load_state_dict(state[name])
-    for name in PROGRESS:
-        setattr(run, name, state[name])
-    run.started -= 60 * state["minutes"]
+    check(state["data_crc32"] == zlib.crc32(run.train_data),
+          f"the data are not those of the interrupted run of {run.path}: give its --data_dir")
+    try:
+        for name, part in run.parts().items():
+            part.load_state_dict(state[name])
+        for name in PROGRESS:
+            setattr(run, name, state[name])
+        run.started -= 60 * state["minutes"]
+    except (LookupError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{run.path}.state does not fit its run; remove it to start afresh") from e
     run.resumed = True
 
 
@@ -530,6 +545,7 @@ def save(run):
     if RANK == 0:
         if not run.history:
             save_model(run)  # interrupted before the first evaluation
+            Path(f"{run.path}.csv").unlink(missing_ok=True)  # of an earlier run
         save_state(run)
     if WORLD_SIZE > 1:
         dist.barrier()
@@ -544,7 +560,7 @@ def back_up(path):
     names = (path.with_name(f"{path.stem}_backup{n}{path.suffix}") for n in itertools.count(1))
     backup = next(name for name in names if not files_of(name))
     for end in files_of(path):
-        write_atomically(f"{backup}{end}", lambda f: f.write(Path(f"{path}{end}").read_bytes()))
+        write_atomically(f"{backup}{end}", Path(f"{path}{end}").read_bytes())
     return backup
 
 
@@ -555,8 +571,8 @@ def name_of(dtype):
 def autocast_to(dtype, device):
     """The context in which the model computes in dtype. Its weights stay float32."""
     if device.type == "cpu":
-        # Plain matrix products train faster there in bfloat16 than PyTorch's flash attention does
-        # (tests/benchmarks/training.py). The switches also hold for the CPU, whatever their name.
+        # In bfloat16, attention by plain matrix products trains faster on a CPU than the flash
+        # kernel (tests/benchmarks/training.py). Despite their names, the switches apply to CPUs.
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -585,7 +601,7 @@ def find_state(config, given, path):
     state_path = Path(f"{path}.state")
     if not config.resume:
         if state_path.exists():
-            print(f"found an interrupted run of {path}, which --resume would continue")
+            print(f"found an interrupted run of {path} (--resume continues it); starting afresh")
         return None, config
     if not state_path.exists():
         if path.exists():
@@ -596,6 +612,7 @@ def find_state(config, given, path):
     state = read_file(state_path)
     try:
         config = TrainConfig(**state["config"])
+        state["chars"], state["dtype"], state["data_crc32"]
     except (TypeError, LookupError) as e:
         raise ValueError(f"{state_path} is not a training state of this version; remove it to "
                          "start afresh") from e
@@ -619,7 +636,8 @@ def adopt_sizes(config, given, model_config):
 def set_up(config, given):
     """All that can go wrong before training starts. -> Run."""
     path = resolve_path(config.save_filename)
-    check(not path.is_dir(), f"--save_filename={path} is a folder")
+    if path.exists():
+        read_file(path)  # ValueError for what is no checkpoint: it is not to be replaced by one
     state, config = find_state(config, given, path)
     check(config.batch_size % WORLD_SIZE == 0,
           f"--batch_size={config.batch_size} is not a multiple of the {WORLD_SIZE} processes")
@@ -662,7 +680,7 @@ def begin(run):
         run.path.parent.mkdir(parents=True, exist_ok=True)
         backup = back_up(run.path)
         if backup:
-            print(f"moved the existing {run.path} to {backup}")
+            print(f"kept the existing {run.path} as {backup}")
         save_state(run)
 
 
@@ -718,7 +736,7 @@ def main():
     with one_line_errors("try a smaller --batch_size, with more --gradient_accumulation_steps"):
         config, given = parse_args()
         if config.eval_only:
-            sys.exit(evaluate_checkpoint(config))
+            sys.exit(evaluate_checkpoint(config, given))
         run = set_up(config, given)
         begin(run)
         try:

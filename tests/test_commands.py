@@ -48,7 +48,8 @@ def test_without_the_flag_the_file_is_unmask_pt(clone, run):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
-def test_a_real_ctrl_c_saves_and_says_how_to_go_on(clone, run):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_real_signal_saves_and_says_how_to_go_on(clone, run, name):
     run("data/shakespeare_char/prepare.py", cwd=clone)
     flags = ["train.py", "--save_filename=X", *SMALL, "--max_iters=1000000", "--eval_interval=20"]
     process = subprocess.Popen([sys.executable, *flags], cwd=clone, stdout=subprocess.PIPE,
@@ -56,10 +57,24 @@ def test_a_real_ctrl_c_saves_and_says_how_to_go_on(clone, run):
     for line in process.stdout:
         if "iteration 20" in line:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in out and "Traceback" not in err
     assert (clone / "X.pt.state").exists() and load_checkpoint(clone / "X.pt")[2]["iteration"] >= 20
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_nohup_survives_a_closed_terminal(clone, run):
+    run("data/shakespeare_char/prepare.py", cwd=clone)
+    flags = ["train.py", "--save_filename=X", *SMALL, "--max_iters=60", "--eval_interval=20"]
+    process = subprocess.Popen(["nohup", sys.executable, *flags], cwd=clone, text=True, bufsize=1,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if "iteration 20" in line:
+            break
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "done in" in out, err
 
 
 def test_not_prepared_says_what_to_run(clone, run):

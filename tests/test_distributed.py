@@ -39,6 +39,7 @@ batch = [train.get_batch({DATA}, config, generator)]
 batch += train.forward_process(batch[0], 65, config.eps, generator)
 train.accumulate_gradient(net, train.diffusion_loss, batch, run)
 torch.save([[p.grad for p in net.parameters()], len(calls)], f"{{sys.argv[1]}}/{{train.RANK}}")
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 

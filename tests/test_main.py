@@ -391,7 +391,7 @@ def test_a_list_of_generators_makes_rows_independent():
             for remasking in ("dilated", "random") for n in (10, 20)]
     assert torch.equal(runs[0], runs[1][:10]) and torch.equal(runs[2], runs[3][:10])
     assert len(set(map(tuple, runs[1].tolist()))) > 5
-    with pytest.raises(ValueError, match="generators must be as many as rows, 3"):
+    with pytest.raises(ValueError, match="generators must be one per row, 3"):
         next(unmask(table, torch.full((3, 6), 2), 2, 4, generator=[seeded(), seeded()]))
 
 
@@ -491,6 +491,24 @@ def test_windows_slide_with_half_a_block_of_context():
     assert seen[4] == ([[3] * 2 + [4] * 4 + [9] * 2], 2)  # the last one ends with the page
 
 
+def test_a_mask_has_context_on_both_sides_wherever_there_is_text():
+    """The window that writes a mask for good reaches a quarter of a block beyond it, or the end."""
+    x = torch.arange(100)[None] % 5
+    x[0, [0, 5, 13, 14, 15, 16, 30, 31, 60, 90, 99]] = 5
+    given, reach = x != 5, torch.zeros(100)
+
+    def fill(window, _):
+        at = next(i for i in range(100) if torch.equal(page[0, i:i + 16], window[0]))
+        reach[at:at + 16] = torch.where(window[0] == 5, at + 16, reach[at:at + 16])
+        yield window.where(window != 5, 7)
+    page = x
+    for page in generate_pages(fill, x, 5, 16, 100):
+        assert torch.equal(page[given], x[given])
+    assert (page != 5).all()
+    for i in (x[0] == 5).nonzero().flatten().tolist():
+        assert reach[i] >= min(i + 5, 100)
+
+
 def test_a_long_text_with_holes():
     x = torch.arange(300).repeat(2, 1) % 5
     holes = torch.tensor([0, 1, 2, 50, 60, 61, 62, 63, 64, 65, 66, 67, 68, 200, 299])
@@ -501,7 +519,8 @@ def test_a_long_text_with_holes():
         assert window.shape[1] == 16 and (window == 5).any()
         return unmask(uniform_model, window, 5, steps, generator=seeded())
     states = list(generate_pages(fill, x, 5, 16, 15))
-    assert (states[-1] < 5).all() and len(states) == 15
+    masks = [int((state == 5).sum()) for state in [x, *states]]
+    assert masks[-1] == 0 and sum(a > b for a, b in itertools.pairwise(masks)) == 15  # the passes
     assert all(torch.equal(state[given], x[given]) for state in states)
 
 

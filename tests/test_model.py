@@ -1,9 +1,12 @@
+import errno
 import math
 import os
 import pickle
+import random
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -183,20 +186,58 @@ def test_a_bad_checkpoint_is_one_clear_error_and_runs_no_code(kind, tmp_path, sa
 def test_missing_and_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.pt"):
         load_checkpoint(tmp_path / "gone.pt")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OSError, match="folder"):
         load_checkpoint(tmp_path)
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path):
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "m.pt"
     path.write_bytes(b"good")
 
-    def fails(f):
-        f.write(b"half")
-        raise OSError("disk full")
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fails)
+    def disk_full(_):
+        raise OSError(errno.ENOSPC, "disk full")
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="m.pt can't be written: disk full"):
+        write_atomically(path, b"half")
     assert path.read_bytes() == b"good" and os.listdir(tmp_path) == ["m.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+def test_a_save_touches_no_other_file_and_keeps_the_mode(tmp_path):
+    path, others = tmp_path / "m.pt", ("m.pt.tmp", "m.pt.probe", "thesis.txt")
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o600
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    os.mkfifo(tmp_path / "pipe")
+    for bad in ("pipe", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(OSError, match="regular file"):
+            write_atomically(tmp_path / bad, b"new")
+    with pytest.raises(OSError, match="pipe"):
+        load_checkpoint(tmp_path / "pipe")  # and does not wait for somebody to write into it
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "m.pt"
+    save_checkpoint(path, tiny(), CHARS)
+    good = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(100):
+        with zipfile.ZipFile(path) as z:  # somewhere inside a member
+            part = rng.choice([part for part in z.infolist() if part.file_size])
+        name = part.header_offset + 30  # of the local header; then the name, padding, the data
+        lengths = good[part.header_offset + 26:name]
+        data = name + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+        place, bad = data + rng.randrange(part.file_size), bytearray(good)
+        bad[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="m.pt"):
+            load_checkpoint(path)
+        path.write_bytes(good)
 
 
 def test_kill_during_save_never_breaks_the_file(tmp_path):

@@ -544,7 +544,7 @@ def test_an_interrupted_run_is_pointed_out_and_kept(train, tmp_path, monkeypatch
     monkeypatch.undo()
     old = (tmp_path / "x.pt.state").read_bytes()
     again = train(*RUN, f"--save_filename={X}")
-    assert again.code == 0 and "--resume would continue" in again.out
+    assert again.code == 0 and "--resume continues it" in again.out
     assert (tmp_path / "x_backup1.pt.state").read_bytes() == old
     assert train(*RUN, f"--save_filename={tmp_path}/x_backup1", "--resume").code == 0
     assert_same_weights(X, tmp_path / "x_backup1.pt")
@@ -560,6 +560,27 @@ def test_resume_with_nothing_to_resume(train, tmp_path):
     assert (tmp_path / "x.pt").read_bytes() == before and names(tmp_path) == ["x.pt", "x.pt.csv"]
 
 
+def test_resume_takes_the_same_data_from_another_folder_and_no_other(train, call, tmp_path,
+                                                                     data_dir, monkeypatch):
+    at_iteration(monkeypatch, 6, crash)
+    train(*RUN, f"--save_filename={tmp_path}/x")
+    monkeypatch.undo()
+    shutil.copytree(data_dir, tmp_path / "moved")
+    text = (data_dir / "input.txt").read_text(encoding="utf-8")
+    (tmp_path / "text").write_text(text[::-1], encoding="utf-8")
+    prepare.prepare(tmp_path / "text", tmp_path / "other")
+    resume = ("--device=cpu", f"--save_filename={tmp_path}/x", "--resume")
+    assert_one_line_error(call(train_script, *resume, f"--data_dir={tmp_path}/other"), "data")
+    moved = call(train_script, *resume, f"--data_dir={tmp_path}/moved", "--log_interval=1")
+    assert moved.code == 0 and "resuming" in moved.out, moved
+
+
+def test_a_file_that_is_no_checkpoint_is_not_replaced(train, tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"mine")
+    assert_one_line_error(train(*RUN, f"--save_filename={tmp_path}/train.bin"), "train.bin")
+    assert (tmp_path / "train.bin").read_bytes() == b"mine" and names(tmp_path) == ["train.bin"]
+
+
 def test_resume_refuses_other_knobs_and_a_damaged_state(train, tmp_path, monkeypatch):
     flags = (*RUN, f"--save_filename={tmp_path}/x")
     at_iteration(monkeypatch, 6, crash)
@@ -568,7 +589,7 @@ def test_resume_refuses_other_knobs_and_a_damaged_state(train, tmp_path, monkeyp
     state = tmp_path / "x.pt.state"
     state.write_bytes(b"half")
     assert_one_line_error(train(*flags, "--resume"), "x.pt.state", "damaged")
-    for foreign in ([1, 2], {"config": {"moe": 8}}):
+    for foreign in ([1, 2], {"config": {"moe": 8}}, {"config": {}, "x": 1}):
         torch.save(foreign, state)
         assert_one_line_error(train(*flags, "--resume"), "x.pt.state", "not a training state")
 
@@ -687,13 +708,13 @@ def test_save_filename_must_be_writable(train, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("train.bin", b"\0\0\0", ["train.bin", "odd"]),
-    ("val.bin", b"", ["val.bin", "fewer"]),
-    ("train.bin", b"\xff\xff" * 100, ["train.bin", "65535"]),
-    ("meta.json", b"{", ["meta.json", "characters"]),
-    ("meta.json", b"[]", ["meta.json", "characters"]),
-    ("meta.json", b'{"chars": ["word", "piece"]}', ["meta.json", "characters"]),
-    ("meta.json", b'{"chars": "aab"}', ["meta.json", "characters"]),
+    ("train.bin", b"\0\0\0", ["train.bin", "damaged"]),
+    ("val.bin", b"", ["val.bin", "damaged"]),
+    ("train.bin", b"\1\0" * 100, ["train.bin", "do not belong together"]),  # of another text
+    ("meta.json", b"{", ["meta.json", "damaged"]),
+    ("meta.json", b"[]", ["meta.json", "damaged"]),
+    ("meta.json", b'{"chars": "ab"}', ["meta.json", "damaged"]),
+    ("meta.json", b'{"chars": "ab", "crc32": {}}', ["meta.json", "damaged"]),
     ("val.bin", None, ["val.bin"]),
 ])
 def test_damaged_data_is_one_line(call, data_dir, tmp_path, name, content, words):

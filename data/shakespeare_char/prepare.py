@@ -7,7 +7,8 @@ meta.json (the characters; a character's id is its place in the list).
     python train.py --dataset=mine                                              # train on it
 
 Without flags the text is the input.txt beside this script; if there is none, Tiny Shakespeare is
-downloaded there. Characters are Unicode code points, kept as they are in the file (line ends too).
+downloaded there. Characters are Unicode code points; a byte order mark is dropped, and Windows line
+ends become \\n.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +99,7 @@ def prepare(source, out_dir):
     """The UTF-8 text file source -> three files in out_dir. ValueError for a text that can't be
     used, before anything is written."""
     try:
-        text = source.read_bytes().decode("utf-8")
+        text = source.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         byte = f"byte {e.object[e.start]:#04x} at offset {e.start}"
         raise ValueError(f"{source} is not UTF-8: {byte}. Convert it first") from e
@@ -109,9 +111,13 @@ def prepare(source, out_dir):
         raise ValueError(f"{source} has {e}") from e
     n = int(len(ids) * 0.9)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(out_dir / "train.bin", ids[:n].astype("<u2").tobytes())
-    write_atomically(out_dir / "val.bin", ids[n:].astype("<u2").tobytes())
-    meta = json.dumps({"chars": list(chars)}, ensure_ascii=False)
+    ids = ids.astype("<u2")
+    parts = {"train.bin": ids[:n].tobytes(), "val.bin": ids[n:].tobytes()}
+    for name, data in parts.items():
+        write_atomically(out_dir / name, data)
+    # written last, meta.json says which two files belong to it
+    crc32 = {name: zlib.crc32(data) for name, data in parts.items()}
+    meta = json.dumps({"chars": list(chars), "crc32": crc32}, ensure_ascii=False)
     write_atomically(out_dir / "meta.json", meta.encode("utf-8"))
     print(f"length of dataset in characters: {len(ids):,}")
     print("all the unique characters:", chars if len(chars) <= 200 else chars[:200] + " ...")
