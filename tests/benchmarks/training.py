@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -75,10 +76,12 @@ def add_gradient(run, net, forward_process=train.forward_process):
 
 
 def random_text(folder):
-    (folder / "meta.json").write_text(json.dumps(dict(chars=CHARS)))
     ids = np.random.default_rng(0).integers(0, len(CHARS), 1_000_000).astype("<u2")
-    for name in ("train.bin", "val.bin"):
+    names = ("train.bin", "val.bin")
+    for name in names:
         ids.tofile(folder / name)
+    meta = dict(chars=CHARS, crc32={name: zlib.crc32(ids) for name in names})
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def main():
