@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-FONT = "/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf"
+FONT = "/usr/share/fonts/truetype/dejavu/DejaVuSansMono-Bold.ttf"
 PAPER, DIM, MASK, FRESH, INK = map(ImageColor.getrgb, (
     "#faf9f6", "#8a8a94", "#d8d6d0", "#ffe066", "#1c1c22"))
 HUES = [tuple(round(255 * v) for v in colorsys.hls_to_rgb((265 - 265 * i / 11) / 360, .38, .75))
