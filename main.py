@@ -411,13 +411,13 @@ def generate(args):
         time.sleep(1.5 if animate else 0)
     texts = ["".join(chars[i] for i in row) for row in page.tolist()]
     seconds = time.perf_counter() - started
-    if args.html:
-        save_replay(args.html, states, mask_id, chars)
     for number, text in enumerate(texts, 1):
         if len(texts) > 1:
             print(f"--- {number} of {len(texts)}", file=sys.stderr)
         end = "" if args.infill and text.endswith("\n") else "\n"
         print("\f" if number > 1 else "", text, sep="", end=end, flush=True)
+    if args.html:  # after the text: if this fails, the text is not lost
+        save_replay(args.html, states, mask_id, chars)
     written = args.num_samples * ids.count(mask_id)
     speed = "" if animate else f" in {seconds:.1f} s: {written / seconds:,.0f} characters/s"
     print(f"[{passes} forward passes, {written:,} characters{speed}; seed {args.seed}]",

@@ -188,7 +188,7 @@ def train(run):
             evaluating = last or run.iteration % config.eval_interval == 0
             if (evaluating or run.iteration % config.log_interval == 0
                     or run.stop_requested and WORLD_SIZE == 1):
-                read_losses(run, new_losses)
+                read_losses(run, new_losses, evaluating)
                 show_progress(run, bar)
                 if RANK == 0 and evaluating:
                     evaluate(run)
@@ -289,9 +289,10 @@ def make_optimizers(model, config):
     return optimizers
 
 
-def read_losses(run, new_losses):
+def read_losses(run, new_losses, evaluating):
     """Move new_losses from the device to run.losses, as means over the processes, and agree on
-    whether to stop. FloatingPointError if training has diverged."""
+    whether to stop. FloatingPointError if training has diverged: by the loss and, before anything
+    is saved, by the weights."""
     stop = torch.tensor(float(run.stop_requested), device=run.device)
     readings = torch.stack([*new_losses, stop])
     if WORLD_SIZE > 1:
@@ -302,7 +303,10 @@ def read_losses(run, new_losses):
     seconds = time.perf_counter() - run.clock
     run.characters_per_second = len(losses) * run.config.characters / seconds
     new_losses.clear()
-    if not (math.isfinite(losses[-1]) and all(p.isfinite().all() for p in run.ema.parameters())):
+    finite = math.isfinite(losses[-1])
+    if evaluating or run.interrupted:
+        finite = finite and all(p.isfinite().all() for p in run.ema.parameters())
+    if not finite:
         raise FloatingPointError(f"training diverged at iteration {run.iteration:,} (loss "
                                  f"{losses[-1]}). Earlier checkpoints are intact; try a lower "
                                  "learning rate")
@@ -380,7 +384,8 @@ def estimate_nll(model, data, batch_size=64, autocast=nullcontext()):
             input_ids = windows(data, starts, L).to(device)
             nll.append(next_token_losses(model, model.config.mask_id, input_ids).mean(dim=1).cpu())
     nll = torch.cat(nll).double()                                                  # (W,)
-    return float(nll.mean()), float(nll.std(correction=0) / math.sqrt(max(1, len(nll) - 1)))
+    se = float(nll.std() / math.sqrt(len(nll))) if len(nll) > 1 else math.inf      # one: unknown
+    return float(nll.mean()), se
 
 
 def measure(model, data, passes, batch_size, autocast):
@@ -392,8 +397,8 @@ def measure(model, data, passes, batch_size, autocast):
 
 def evaluate(run):
     """Measure both splits, save the model if it is the best so far, add a row to the loss curve."""
-    config, row = run.config, dict(iteration=run.iteration, minutes=run.minutes(),
-                                   loss=float(np.mean(run.losses)))
+    config, loss = run.config, float(np.mean(run.losses))
+    row = dict(iteration=run.iteration, minutes=run.minutes(), loss=loss)
     for split, data in (("train", run.train_data), ("val", run.val_data)):
         name, row[split], row[f"{split}_se"] = measure(
             run.ema, data[:config.eval_chars], config.eval_passes, config.batch_size, run.autocast)
@@ -473,6 +478,7 @@ class Run:
     chars: list             # the vocabulary
     train_data: np.ndarray  # (N,) ids
     val_data: np.ndarray
+    data_crc32: int         # of train_data: --resume must find the same data
     device: torch.device
     dtype: torch.dtype
     model: GPT
@@ -512,12 +518,12 @@ def save_state(run):
     state = {name: part.state_dict() for name, part in run.parts().items()}
     state |= {name: getattr(run, name) for name in PROGRESS}
     state |= dict(config=asdict(run.config), chars=run.chars, dtype=name_of(run.dtype),
-                  minutes=run.minutes(), data_crc32=zlib.crc32(run.train_data))
+                  minutes=run.minutes(), data_crc32=run.data_crc32)
     write_file(f"{run.path}.state", state)
 
 
 def load_state(run, state):
-    check(state["data_crc32"] == zlib.crc32(run.train_data),
+    check(state["data_crc32"] == run.data_crc32,
           f"the data are not those of the interrupted run of {run.path}: give its --data_dir")
     try:
         for name, part in run.parts().items():
@@ -604,7 +610,7 @@ def find_state(config, given, path):
             print(f"found an interrupted run of {path} (--resume continues it); starting afresh")
         return None, config
     if not state_path.exists():
-        if path.exists():
+        if path.is_file():
             print(f"{path} is complete: nothing to resume. To train it further: --init_from={path}")
             sys.exit()
         print(f"no interrupted run of {path} to resume: starting afresh")
@@ -636,9 +642,9 @@ def adopt_sizes(config, given, model_config):
 def set_up(config, given):
     """All that can go wrong before training starts. -> Run."""
     path = resolve_path(config.save_filename)
-    if path.exists():
-        read_file(path)  # ValueError for what is no checkpoint: it is not to be replaced by one
     state, config = find_state(config, given, path)
+    if path.exists() and not state:
+        read_file(path)  # ValueError for what is no checkpoint: it is not to be replaced by one
     check(config.batch_size % WORLD_SIZE == 0,
           f"--batch_size={config.batch_size} is not a multiple of the {WORLD_SIZE} processes")
     device, why_device = connect(config.device)
@@ -658,8 +664,8 @@ def set_up(config, given):
     if base:
         model.load_state_dict(base.state_dict())
     model.to(device)
-    run = Run(config, path, chars, train_data, val_data, device, dtype, model,
-              ema=copy.deepcopy(model).eval().requires_grad_(False),
+    run = Run(config, path, chars, train_data, val_data, zlib.crc32(train_data), device, dtype,
+              model, ema=copy.deepcopy(model).eval().requires_grad_(False),
               optimizers=make_optimizers(model, config), autocast=autocast_to(dtype, device),
               scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
     if state:

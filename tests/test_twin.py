@@ -69,6 +69,7 @@ def test_exact_nll_by_hand():
     model = Bigrams([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]], T=3)
     data = np.array([0, 0, 1, 1, 1, 0, 0], dtype="<u2")  # two windows; the last one is left out
     windows = [-math.log(0.2 * 0.9 * 0.1) / 3, -math.log(0.8 * 0.6 * 0.4) / 3]
+    assert estimate_nll(model, data[:3])[1] == math.inf  # one window says nothing of a spread
     nll, se = estimate_nll(model, data, batch_size=1)
     assert nll == pytest.approx(sum(windows) / 2, rel=1e-5)
     deviation = abs(windows[0] - windows[1])  # over the root of 2, twice
