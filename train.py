@@ -73,6 +73,7 @@ class TrainConfig:
     dropout: float = knob(0.0, "for runs of many epochs, say 0.1; slow on a CPU")
     bias: bool = knob(False, "biases in Linears and LayerNorms")
     rope: bool = knob(True, "rotary positions; False: GPT-2's learned positions")
+    qk_norm: bool = knob(True, "queries and keys of unit length, which learns in half the time")
     causal: bool = knob(False, "the autoregressive twin: causal attention, next-character loss")
 
     max_iters: int = knob(3000, "iterations", "optimization")
@@ -630,10 +631,10 @@ def find_state(config, given, path):
     return state, config
 
 
-def adopt_sizes(config, given, model_config):
-    """Make config's model sizes those of the checkpoint to start from."""
+def adopt_sizes(config, given, model_config, free=()):
+    """Make config's model sizes those of the checkpoint, all but free ones that are given."""
     for name, value in asdict(model_config).items():
-        if name not in ("vocab_size", "dropout"):
+        if name not in ("vocab_size", "dropout") and not (name in free and name in given):
             check(given.get(name, value) == value,
                   f"--{name}={given.get(name)} is not what {config.init_from} has ({value})")
             setattr(config, name, value)
@@ -656,7 +657,7 @@ def set_up(config, given):
     chars, base = state["chars"] if state else None, None
     if config.init_from and not state:
         base, chars, _ = load_checkpoint(resolve_path(config.init_from))
-        adopt_sizes(config, given, base.config)
+        adopt_sizes(config, given, base.config, free=("qk_norm", "causal"))  # they have no weights
     train_data, val_data, chars = load_data(config, config.block_size, chars)
     torch.manual_seed(config.seed)
     sizes = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
