@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,14 +28,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (check, fail, load_checkpoint, one_line_errors, pick_device, pick_dtype,
-                   resolve_path, stop_signals, write_atomically)
+from model import (check, load_checkpoint, one_line_errors, open_streams, parse, pick_device,
+                   pick_dtype, regular_file, resolve_path, stop_signals, write_atomically)
 
 SHIPPED = Path(__file__).resolve().parent / "pretrained_gpt_last.pt"
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "replay.html"
 REMASKING = ("random", "dilated", "low_confidence")
 DEFAULTS = dict(temperature=1.0, remasking="dilated", revise=0.3, block_length=None, cfg_scale=0.0)
 TWIN_DEFAULTS = dict(temperature=0.8)
+LARGEST = 10_000_000        # characters of all pages together
+ENOUGH_STEPS = 32           # forward passes for a window of the model's block_size
 
 
 # -----------------------------------------------------------------------------
@@ -196,23 +199,40 @@ def left_to_right(model, x, mask_id, temperature=1.0, generator=None):
         yield x
 
 
-def generate_pages(fill, x, mask_id, block_size, steps):
-    """Pages of any length: a window slides along, with up to half of it before the first mask, and
-    what is written in one window is context for the next. Where text follows a window, its last
-    quarter is left to the next one, so that every mask is written with context on both sides.
-    fill(window, steps) -> an iterator of states, such as unmask, for a window of at most
-    block_size. x (B, T) long, masked at the same places in each row; steps: of all windows
-    together, one each at least. Yields (B, T) states."""
-    page, total = x, count_masks(x, mask_id)
-    left = total
-    while left:
-        first = int((x == mask_id).any(dim=0).int().argmax())
-        start = max(0, min(first - block_size // 2, x.shape[1] - block_size))
-        end = start + block_size
-        keep = end - block_size // 4 if (x[:, end:] != mask_id).any() else end
-        before, left = left, left - count_masks(x[:, start:keep], mask_id)
-        window_steps = steps * (total - left) // total - steps * (total - before) // total
-        for state in fill(x[:, start:end], max(1, window_steps)):
+def page_windows(masked, block_size):
+    """How to write a page of any length: a window slides along, with up to half of it before the
+    first mask, and what is written in one window is context for the next. Where text follows a
+    window, its last quarter is left to the next one, so that every mask is written with context on
+    both sides. masked (T,) bool -> a list of (start, end, keep, n_masks): fill the n_masks masks of
+    start to end, and keep what stands before keep."""
+    masked, windows = masked.clone(), []
+    while masked.any():
+        start = max(0, min(int(masked.int().argmax()) - block_size // 2, len(masked) - block_size))
+        end = min(start + block_size, len(masked))
+        keep = end if masked[end:].all() else end - block_size // 4
+        windows.append((start, end, keep, int(masked[start:end].sum())))
+        masked[start:keep] = False
+    return windows
+
+
+def share_steps(windows, steps, enough):
+    """-> the forward passes of each window: one per mask, but no more than enough, so that a window
+    with few new masks is written as well as a full one. If steps is given, that many in all, in
+    the same proportions, and at least one each."""
+    wanted = [min(n_masks, enough) for *_, n_masks in windows]
+    if steps is None or not wanted:
+        return wanted
+    ends = [steps * sum(wanted[:i]) // sum(wanted) for i in range(len(wanted) + 1)]
+    return [max(1, end - begin) for begin, end in zip(ends, ends[1:])]
+
+
+def generate_pages(fill, x, mask_id, windows, steps):
+    """Write one window after the other. fill(window, steps) -> an iterator of states, such as
+    unmask; x (B, T) long, masked at the same places in each row; windows of page_windows, steps of
+    share_steps. Yields (B, T) states."""
+    page = x
+    for (start, end, keep, _), window_steps in zip(windows, steps):
+        for state in fill(x[:, start:end], window_steps):
             x = torch.cat([x[:, :start], state, x[:, end:]], dim=1)
             yield x
         if count_masks(page[:, keep:end], mask_id):
@@ -281,19 +301,21 @@ def save_replay(path, states, mask_id, chars):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # one line, without the usage
     add = parser.add_argument_group("page").add_argument
     add("--path", default=SHIPPED, help="checkpoint, X or X.pt (default: the one that ships)")
-    add("--prompt", help="text to continue (default: none; the page begins at a line's start)")
+    add("--prompt", help="text to continue, or - for standard input (default: none; the page "
+                         "begins at a line's start)")
     add("--gen_length", type=int, help="characters to write (default: fill the model's block)")
-    add("--infill", help="text with holes, or a file, or - for standard input (default: none)")
+    add("--infill", help="text with holes, or - for standard input, or a file: a file of that "
+                         "name exists, or the name is a word with an ending such as .txt "
+                         "(default: none)")
     add("--mask_char", default="_", help="the character that is a hole (default: %(default)s)")
     add("--num_samples", type=int, default=1, help="number of pages (default: %(default)s)")
     add("--seed", type=int, default=1337,
         help="same seed, device and dtype: same text (default: %(default)s)")
     add = parser.add_argument_group("sampler").add_argument
     add("--steps", type=int, help="forward passes: fewer are faster, more are more readable "
-                                  "(default: 32; on a long page one for 8 characters)")
+                                  "(default: 32 for each window of the model's block)")
     add("--temperature", type=float, help="0: greedy (it repeats itself); 1: the model's "
                                           "distribution (default: 1.0; of a causal model 0.8)")
     add("--revise", type=float, help="fraction of the text to rewrite in the second half of the "
@@ -307,31 +329,36 @@ def parse_args():
     add = parser.add_argument_group("watching").add_argument
     add("--animate", action="store_true",
         help="show the first page in the terminal while it is written (default: off)")
-    add("--html", help="write a page that replays the run to this file (default: none)")
+    add("--html", type=os.path.expanduser,
+        help="write a page that replays the run to this file (default: none)")
     add = parser.add_argument_group("device").add_argument
     add("--device", default="auto",
         help="auto, cpu, cuda, cuda:N or mps (untested) (default: %(default)s)")
     add("--dtype", default="auto",
         help="to compute in: auto, float32, bfloat16 or float16 (default: %(default)s)")
-    return parser.parse_args()
+    return parse(parser)
 
 
-def read_infill(text):
-    """--infill: a text, the name of a file that holds it, or - for standard input."""
-    if text != "-" and (not os.path.exists(text) or os.path.isdir(text)):
-        return text
-    data = sys.stdin.buffer.read() if text == "-" else Path(text).read_bytes()
+def read_text(flag, value, files):
+    """--prompt or --infill: - is standard input; with files, what has the name of a file, such as
+    play.txt, is one; anything else is the text itself."""
+    path = os.path.expanduser(value)
+    named = files and (os.path.exists(path) and not os.path.isdir(path)
+                       or re.fullmatch(r"\S+\.[A-Za-z]\w*", value))
+    if value != "-" and not named:
+        return value
     try:
+        data = sys.stdin.buffer.read() if value == "-" else regular_file(path).read_bytes()
         return data.decode("utf-8-sig").replace("\r\n", "\n")  # as prepare.py reads text
     except UnicodeDecodeError as e:
-        raise ValueError(f"--infill={text} is not UTF-8 text") from e
+        raise ValueError(f"{flag}={value} is not UTF-8 text") from e
 
 
 def make_page(args, chars, mask_id, block_size):
     """-> (the ids of the page, mask_id wherever text is wanted; how many of them not to show)."""
     id_of, flag, gen_length, hidden = {c: i for i, c in enumerate(chars)}, "--prompt", 0, 0
     if args.infill is None:
-        text = args.prompt or ""
+        text = read_text("--prompt", args.prompt or "", files=False)
         if not text and "\n" in id_of:  # a page without a prompt begins at a line's start
             text, hidden = "\n", 1
         gen_length = args.gen_length
@@ -342,7 +369,7 @@ def make_page(args, chars, mask_id, block_size):
         for name in ("prompt", "gen_length"):
             check(getattr(args, name) is None,
                   f"--infill and --{name} do not go together: the page is the text of --infill")
-        text, flag = read_infill(args.infill), "--infill"
+        text, flag = read_text("--infill", args.infill, files=True), "--infill"
         check(len(args.mask_char) == 1,
               f"--mask_char must be one character, not {args.mask_char!r}")
         check(args.mask_char in text, f"--infill={args.infill[:60]} has no holes "
@@ -350,11 +377,14 @@ def make_page(args, chars, mask_id, block_size):
         id_of[args.mask_char] = mask_id
     unknown = " ".join(map(repr, sorted(set(text) - set(id_of))))
     check(not unknown, f"{flag} has characters that the model does not know: {unknown}")
+    check((len(text) + gen_length) * args.num_samples <= LARGEST,
+          f"{args.num_samples} x {len(text) + gen_length} characters are more than {LARGEST:,}: "
+          "give a smaller --gen_length or fewer --num_samples")
     return [id_of[c] for c in text] + [mask_id] * gen_length, hidden
 
 
-def make_sampler(args, model, generator, n_masks):
-    """-> (fill, for generate_pages, and the number of steps)."""
+def make_sampler(args, model, generator, windows):
+    """-> fill and steps, for generate_pages."""
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     config, steps = model.config, args.steps
     if config.causal:
@@ -362,12 +392,13 @@ def make_sampler(args, model, generator, n_masks):
             check(getattr(args, flag) is None or flag == "temperature",
                   f"--{flag} is for diffusion; {args.path} is causal and writes from left to right")
         settings = dict(TWIN_DEFAULTS, **chosen, generator=generator)
-        return lambda x, _: left_to_right(model, x, config.mask_id, **settings), n_masks
+        return (lambda x, _: left_to_right(model, x, config.mask_id, **settings),
+                share_steps(windows, None, config.block_size))
     settings = dict(DEFAULTS, **chosen, generator=generator)
-    if steps is None:
-        steps = max(math.ceil(n_masks / 8), min(n_masks, 32))
-    check(steps >= 1, f"--steps must be at least 1, not {steps}")
-    steps = steps if settings["revise"] else min(steps, n_masks)
+    check(steps is None or steps >= 1, f"--steps must be at least 1, not {steps}")
+    steps = share_steps(windows, steps, ENOUGH_STEPS)
+    if not settings["revise"]:
+        steps = [min(n, n_masks) for n, (*_, n_masks) in zip(steps, windows)]
 
     def predictor(idx):  # the sampler's float64 stays off mps, which has none
         return model(idx.to(model.wte.weight.device)).to(idx.device)
@@ -390,7 +421,9 @@ def generate(args):
     stream = torch.Generator().manual_seed(args.seed)                    # of seeds, one per sample
     seeds = [int(torch.randint(2**63 - 1, (), generator=stream)) for _ in range(args.num_samples)]
     generator = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    fill, steps = make_sampler(args, model, generator, ids.count(mask_id))
+    windows = page_windows(x[0] == mask_id, block_size)
+    fill, window_steps = make_sampler(args, model, generator, windows)
+    steps = sum(window_steps)
 
     page, passes, animate = x[:, hidden:], 0, args.animate and sys.stdout.isatty()
     states, started = [page], time.perf_counter()
@@ -399,13 +432,13 @@ def generate(args):
     with own_screen() if animate else nullcontext(), bar:
         if animate:
             show(page, page, mask_id, chars, f"step 0 of {steps}")
-        for x in generate_pages(fill, x, mask_id, block_size, steps):
+        for x in generate_pages(fill, x, mask_id, windows, window_steps):
             before, page = page, x[:, hidden:]
             if count_masks(page, mask_id) < count_masks(before, mask_id):  # else: masked again
                 passes += 1
                 bar.update()
             if animate:
-                show(page, before, mask_id, chars, f"step {passes} of {max(steps, passes)}")
+                show(page, before, mask_id, chars, f"step {passes} of {steps}")
             if args.html:
                 states.append(page)
         time.sleep(1.5 if animate else 0)
@@ -438,7 +471,7 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")
+    open_streams(encoding="utf-8")
     for number in stop_signals():
         signal.signal(number, signal.default_int_handler)  # KeyboardInterrupt restores the screen
     if hasattr(signal, "SIGPIPE"):

@@ -239,13 +239,20 @@ def save_checkpoint(path, model, chars, **info):
     write_file(path, checkpoint)
 
 
+def regular_file(path):
+    """-> path, a Path. OSError if it is no file, or none that can be read again and has an end."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise OSError(f"{path} is a folder, a device or a pipe; a regular file is needed")
+    return path
+
+
 def read_file(path):
     """-> what torch.save wrote to path, on the CPU. Never runs code from the file. OSError if it
     can't be opened, ValueError if it is damaged: every part must fit its checksum."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if not Path(path).is_file():
-        raise OSError(f"{path} is a folder, a device or a pipe, not a checkpoint")
+    regular_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch, about foreign files
         try:
@@ -331,6 +338,25 @@ def fail(message):
     sys.exit(2)
 
 
+def open_streams(encoding=None):
+    """Make standard output and error fit to print to: one may be closed, be a notebook's, or have
+    an encoding without some of our characters."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+        setattr(sys, name, stream)
+
+
+def parse(parser, argv=None):
+    """parse_args, with one line for bad flags."""
+    parser.error = fail  # without the usage
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        check(value != [], f"--{name} needs a value, not --")  # argparse's answer to --seed=--
+    return args
+
+
 def stop_signals():
     """The signals that ask a script to stop: Ctrl-C, a scheduler's SIGTERM, and a closed terminal's
     SIGHUP, unless nohup has it ignored."""
@@ -347,10 +373,17 @@ def one_line_errors(advice):
     try:
         yield
     except (OSError, ValueError) as e:
+        try:
+            sys.stdout.flush()
+        except OSError:  # standard output is what failed; it must not fail again at the end
+            sys.stdout = open(os.devnull, "w")
         fail(e)
     except (MemoryError, OverflowError):
         fail(f"out of memory: {advice}")
     except RuntimeError as e:
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            fail(f"--compile does not work here ({reason}): leave it out")
         if not re.search("out of memory|allocate memory", str(e)):  # of CUDA, of the CPU
             raise
         fail(f"out of memory: {advice}")

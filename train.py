@@ -27,6 +27,10 @@ import signal
 import sys
 import time
 import zlib
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -38,14 +42,18 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (GPT, GPTConfig, check, fail, load_checkpoint, one_line_errors, pick_device,
-                   pick_dtype, read_file, resolve_path, save_checkpoint, stop_signals,
-                   write_atomically, write_file)
+from model import (GPT, GPTConfig, check, fail, load_checkpoint, one_line_errors, open_streams,
+                   parse, pick_device, pick_dtype, read_file, resolve_path, save_checkpoint,
+                   stop_signals, write_atomically, write_file)
 
 # torchrun says which of the run's processes this is, over all machines and on this one
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+try:
+    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = (
+        int(os.environ.get(name) or default) for name, default in
+        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    check(0 <= RANK < WORLD_SIZE, f"RANK={RANK} and WORLD_SIZE={WORLD_SIZE} do not fit")
+except ValueError as e:
+    fail(f"{e}: leave RANK and WORLD_SIZE to torchrun, or unset them")
 
 
 def knob(default, help, group=None):
@@ -201,6 +209,15 @@ def train(run):
 # -----------------------------------------------------------------------------
 # what the loop calls
 
+def say(text):
+    """Print a line above the bar. Standard output may go away; the run does not end with it."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def seed_for(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -335,7 +352,7 @@ def stop_on_signals(run):
     def stop(*_):
         run.stop_requested = True
         restore()
-        tqdm.write("stopping soon")
+        say("stopping soon")
     previous = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         yield
@@ -403,8 +420,8 @@ def evaluate(run):
     for split, data in (("train", run.train_data), ("val", run.val_data)):
         name, row[split], row[f"{split}_se"] = measure(
             run.ema, data[:config.eval_chars], config.eval_passes, config.batch_size, run.autocast)
-        tqdm.write(f"iteration {run.iteration:,}: {split} {name} {row[split]:.4f} +- "
-                   f"{row[f'{split}_se']:.4f} nats per character")
+        say(f"iteration {run.iteration:,}: {split} {name} {row[split]:.4f} +- "
+            f"{row[f'{split}_se']:.4f} nats per character")
     run.losses.clear()
     run.history.append(row)
     if row is run.best():
@@ -424,21 +441,22 @@ def evaluate_checkpoint(config, given):
     model, chars, info = load_checkpoint(path, device)
     adopt_sizes(config, given, model.config)
     train_data, val_data, _ = load_data(config, config.block_size, chars)
-    print(f"device: {device} ({why_device})\ndtype: {name_of(dtype)} ({why_dtype})")
-    print(f"{path}: iteration {info.get('iteration')}")
+    say(f"device: {device} ({why_device})\ndtype: {name_of(dtype)} ({why_dtype})")
+    say(f"{path}: iteration {info.get('iteration')}")
     for split, data in (("train", train_data), ("val", val_data)):
         name, nats, se = measure(model, data, max(8, config.eval_passes), config.batch_size,
                                  autocast_to(dtype, device))
-        print(f"{split} {name} {nats:.4f} +- {se:.4f} nats per character", flush=True)
+        say(f"{split} {name} {nats:.4f} +- {se:.4f} nats per character")
 
 
 # -----------------------------------------------------------------------------
 # data
 
-def load_data(config, block_size, chars=None):
+def load_data(config, block_size, chars=None, grow=False):
     """-> (train, val, chars): both splits as uint16 ids (N,), memory maps of the .bin files, and
-    the vocabulary. With chars, a model's vocabulary, the ids are translated to it. ValueError or
-    FileNotFoundError for anything that can't be trained on."""
+    the vocabulary. With chars, a model's vocabulary, the ids are translated to it; new characters
+    are added at its end if it may grow. ValueError or FileNotFoundError for anything that can't be
+    trained on."""
     folder = Path(__file__).resolve().parent / "data" / config.dataset
     if config.data_dir:
         folder = Path(config.data_dir).expanduser()
@@ -454,18 +472,20 @@ def load_data(config, block_size, chars=None):
         whole = False
     check(whole, f"meta.json, train.bin and val.bin in {folder} do not belong together, or one is "
                  "damaged: run prepare.py again")
-    unknown = "".join(sorted(set(data_chars) - set(chars or data_chars)))
-    check(not unknown, f"{folder} has characters that the model does not know: {unknown[:20]!r}")
-    splits = []
+    model_chars, chars = chars, chars or data_chars
+    unknown = sorted(set(data_chars) - set(chars))
+    check(grow or not unknown, f"{folder} has characters that the model does not know: "
+                               f"{''.join(unknown[:20])!r}")
+    chars, splits = chars + unknown, []
     for path in (folder / "train.bin", folder / "val.bin"):
         size = path.stat().st_size // 2
         check(size >= block_size,
               f"{path} has {size} characters, fewer than one --block_size={block_size}")
         ids = np.memmap(path, dtype="<u2", mode="r")
-        if chars and data_chars != chars:
+        if model_chars and data_chars != chars:
             ids = np.array([chars.index(c) for c in data_chars], dtype="<u2")[ids]
         splits.append(ids)
-    return *splits, chars or data_chars
+    return *splits, chars
 
 
 # -----------------------------------------------------------------------------
@@ -494,6 +514,7 @@ class Run:
     clock: float = field(default_factory=time.perf_counter)    # at the last loss reading
     characters_per_second: float = 0.0
     resumed: bool = False
+    lock: object = None             # the state file, held open
     stop_requested: bool = False    # of this process
     interrupted: bool = False       # all processes agree
 
@@ -521,6 +542,20 @@ def save_state(run):
     state |= dict(config=asdict(run.config), chars=run.chars, dtype=name_of(run.dtype),
                   minutes=run.minutes(), data_crc32=run.data_crc32)
     write_file(f"{run.path}.state", state)
+    run.lock = lock(f"{run.path}.state")
+
+
+def lock(path):
+    """Open a file of this run and lock it as long as the process lives. ValueError if another
+    process has it locked. (Windows has no fcntl: no check.)"""
+    file = open(path, "rb")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise ValueError(f"another run is writing {path}: wait for its end, or take another "
+                         "--save_filename") from e
+    return file
 
 
 def load_state(run, state):
@@ -606,15 +641,17 @@ def find_state(config, given, path):
     """-> the state and config of the interrupted run to resume, or (None, config) to start afresh.
     What is given on the command line must not contradict the interrupted run."""
     state_path = Path(f"{path}.state")
+    if state_path.is_file() and RANK == 0:
+        lock(state_path).close()
     if not config.resume:
         if state_path.exists():
-            print(f"found an interrupted run of {path} (--resume continues it); starting afresh")
+            say(f"found an interrupted run of {path} (--resume continues it); starting afresh")
         return None, config
     if not state_path.exists():
         if path.is_file():
-            print(f"{path} is complete: nothing to resume. To train it further: --init_from={path}")
+            say(f"{path} is complete: nothing to resume. To train it further: --init_from={path}")
             sys.exit()
-        print(f"no interrupted run of {path} to resume: starting afresh")
+        say(f"no interrupted run of {path} to resume: starting afresh")
         return None, config
     state = read_file(state_path)
     try:
@@ -658,12 +695,15 @@ def set_up(config, given):
     if config.init_from and not state:
         base, chars, _ = load_checkpoint(resolve_path(config.init_from))
         adopt_sizes(config, given, base.config, free=("qk_norm", "causal"))  # they have no weights
-    train_data, val_data, chars = load_data(config, config.block_size, chars)
+    train_data, val_data, chars = load_data(config, config.block_size, chars, grow=bool(base))
     torch.manual_seed(config.seed)
     sizes = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
     model = GPT(GPTConfig(vocab_size=len(chars) + 1, **sizes))
     if base:
-        model.load_state_dict(base.state_dict())
+        weights, known = base.state_dict(), base.config.mask_id
+        embeddings = model.wte.weight.detach().clone()       # of new characters: as initialized
+        embeddings[:known], embeddings[-1] = base.wte.weight[:known], base.wte.weight[-1]
+        model.load_state_dict({**weights, "wte.weight": embeddings})
     model.to(device)
     run = Run(config, path, chars, train_data, val_data, zlib.crc32(train_data), device, dtype,
               model, ema=copy.deepcopy(model).eval().requires_grad_(False),
@@ -671,10 +711,10 @@ def set_up(config, given):
               scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
     if state:
         load_state(run, state)
-    print(f"device: {device} ({why_device})\ndtype: {name_of(dtype)} ({why_dtype})")
-    print(f"sizes: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, dropout "
+    say(f"device: {device} ({why_device})\ndtype: {name_of(dtype)} ({why_dtype})")
+    say(f"sizes: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, dropout "
           f"{config.dropout}; {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"characters per iteration: {config.characters:,}; {config.max_iters:,} iterations are "
+    say(f"characters per iteration: {config.characters:,}; {config.max_iters:,} iterations are "
           f"{config.max_iters * config.characters / len(train_data):.1f} epochs")
     return run
 
@@ -682,12 +722,13 @@ def set_up(config, given):
 def begin(run):
     """Make room at run.path, and leave what --resume looks for."""
     if run.resumed:
-        print(f"resuming {run.path} at iteration {run.iteration:,}")
+        run.lock = lock(f"{run.path}.state") if RANK == 0 else None
+        say(f"resuming {run.path} at iteration {run.iteration:,}")
     elif RANK == 0:
         run.path.parent.mkdir(parents=True, exist_ok=True)
         backup = back_up(run.path)
         if backup:
-            print(f"kept the existing {run.path} as {backup}")
+            say(f"kept the existing {run.path} as {backup}")
         save_state(run)
 
 
@@ -695,13 +736,13 @@ def finish(run):
     """Say how the run ended. -> exit status."""
     if run.interrupted and run.iteration < run.config.max_iters:
         holds = "the best model so far" if run.history else "the model as it is now"
-        print(f"interrupted at iteration {run.iteration:,}; {run.path} holds {holds}. The same "
+        say(f"interrupted at iteration {run.iteration:,}; {run.path} holds {holds}. The same "
               "command with --resume continues the run")
         return 130
     if RANK == 0:
         os.unlink(f"{run.path}.state")
         best = run.best()
-        print(f"done in {run.minutes():.1f} minutes. {run.path} holds the best model: iteration "
+        say(f"done in {run.minutes():.1f} minutes. {run.path} holds the best model: iteration "
               f"{best['iteration']:,}, {best['val']:.4f} nats per character on validation; "
               f"{run.path}.csv holds the loss curve. Now: python main.py --path={run.path}")
     return 0
@@ -722,7 +763,6 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
-    parser.error = fail  # one line, without the usage
     for f in fields(TrainConfig):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
@@ -732,7 +772,7 @@ def parse_args(argv=None):
         kind = dict(nargs="?", const=True, type=boolean) if f.type is bool else dict(type=f.type)
         group.add_argument(f"--{f.name}", metavar=f.type.__name__, **kind,
                            help=f"{f.metadata['help']} (default: {default})")
-    given = vars(parser.parse_args(argv))
+    given = vars(parse(parser, argv))
     on_cuda = pick_device(given.get("device", "auto"))[0].type == "cuda"
     return TrainConfig(**{**(CUDA_DEFAULTS if on_cuda else {}), **given}), given
 
@@ -759,4 +799,5 @@ def main():
 
 
 if __name__ == "__main__":
+    open_streams()
     main()

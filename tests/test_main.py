@@ -19,7 +19,15 @@ from conftest import (
     read_help,
 )
 
-from main import REMASKING, frame, generate_pages, save_replay, unmask
+from main import (
+    REMASKING,
+    frame,
+    generate_pages,
+    page_windows,
+    save_replay,
+    share_steps,
+    unmask,
+)
 from model import GPT, GPTConfig, save_checkpoint
 
 M = 2  # [MASK] of a table with the characters 0 and 1
@@ -476,6 +484,11 @@ def test_values_that_make_no_sense(bad):
 # pages longer than the model's block
 
 
+def pages(fill, x, mask_id, block_size, steps=None, enough=4):
+    windows = page_windows(x[0] == mask_id, block_size)
+    return generate_pages(fill, x, mask_id, windows, share_steps(windows, steps, enough))
+
+
 def test_windows_slide_with_half_a_block_of_context():
     seen = []
 
@@ -483,9 +496,9 @@ def test_windows_slide_with_half_a_block_of_context():
         seen.append((window.tolist(), steps))
         yield window.where(window != 9, len(seen))
     x = torch.tensor([[0] + [9] * 21])
-    *_, x = generate_pages(fill, x, 9, block_size=8, steps=21)
+    *_, x = pages(fill, x, 9, block_size=8, steps=18)
     assert x.tolist() == [[0] + [1] * 7 + [2] * 4 + [3] * 4 + [4] * 4 + [5] * 2]
-    assert [steps for _, steps in seen] == [7, 4, 4, 4, 2]
+    assert [steps for _, steps in seen] == [4, 4, 4, 4, 2]  # a full window has no more
     assert all(len(window[0]) == 8 for window, _ in seen)
     assert seen[1] == ([[1] * 4 + [9] * 4], 4)
     assert seen[4] == ([[3] * 2 + [4] * 4 + [9] * 2], 2)  # the last one ends with the page
@@ -502,7 +515,7 @@ def test_a_mask_has_context_on_both_sides_wherever_there_is_text():
         reach[at:at + 16] = torch.where(window[0] == 5, at + 16, reach[at:at + 16])
         yield window.where(window != 5, 7)
     page = x
-    for page in generate_pages(fill, x, 5, 16, 100):
+    for page in pages(fill, x, 5, 16, 100):
         assert torch.equal(page[given], x[given])
     assert (page != 5).all()
     for i in (x[0] == 5).nonzero().flatten().tolist():
@@ -518,7 +531,7 @@ def test_a_long_text_with_holes():
     def fill(window, steps):
         assert window.shape[1] == 16 and (window == 5).any()
         return unmask(uniform_model, window, 5, steps, generator=seeded())
-    states = list(generate_pages(fill, x, 5, 16, 15))
+    states = list(pages(fill, x, 5, 16, 15))
     masks = [int((state == 5).sum()) for state in [x, *states]]
     assert masks[-1] == 0 and sum(a > b for a, b in itertools.pairwise(masks)) == 15  # the passes
     assert all(torch.equal(state[given], x[given]) for state in states)
@@ -531,7 +544,7 @@ def test_the_windows_share_the_steps(steps, passes):
     def fill(window, n):
         shares.append(n)
         yield window.where(window != 5, 0)
-    last(generate_pages(fill, torch.full((1, 100), 5), 5, 16, steps))
+    last(pages(fill, torch.full((1, 100), 5), 5, 16, steps))
     assert len(shares) == 12 and min(shares) >= 1 and sum(shares) == passes
 
 
@@ -540,9 +553,9 @@ def test_a_page_that_fits_is_one_window(revise):
     def fill(window, steps):
         return unmask(uniform_model, window, 5, steps, revise=revise, generator=seeded())
     x = torch.full((2, 10), 5)
-    pages, window = list(generate_pages(fill, x, 5, 16, 4)), list(fill(x, 4))
-    assert torch.equal(torch.stack(pages), torch.stack(window))
-    assert list(generate_pages(fill, torch.zeros(2, 10).long(), 5, 16, 4)) == []
+    states, window = list(pages(fill, x, 5, 16, 4)), list(fill(x, 4))
+    assert torch.equal(torch.stack(states), torch.stack(window))
+    assert list(pages(fill, torch.zeros(2, 10).long(), 5, 16, 4)) == []
 
 
 # -----------------------------------------------------------------------------
@@ -720,8 +733,9 @@ def test_longer_than_the_block(sample, checkpoint):
     result = sample(f"--path={checkpoint}", "--gen_length=100", "--prompt=hello ", "--steps=50")
     assert result.code == 0 and len(result.out) == 107 and result.out.startswith("hello "), result
     assert "50 forward passes, 100 characters" in result.err
+    # the first window, of 24 characters, and 18 of 12 (24 is less than the default of 32)
     default = sample(f"--path={checkpoint}", "--gen_length=240")
-    assert re.match(r"\[32 forward passes, 240 characters", default.err), default.err
+    assert re.match(r"\[240 forward passes, 240 characters", default.err), default.err
     prompt = "the quick brown fox jumps over the lazy dog"  # longer than the block
     assert sample(f"--path={checkpoint}", f"--prompt={prompt}").out.startswith(prompt)
 
@@ -781,6 +795,9 @@ def test_animate_leaves_the_terminal_as_it_was(checkpoint, interrupt):
     (["--infill=no holes"], ["--infill", "no holes"]),
     (["--infill="], ["--infill"]),
     (["--infill=/nowhere/text"], ["--infill", "/nowhere/text"]),
+    (["--infill=my_damaged_play.txt"], ["no file my_damaged_play.txt"]),
+    (["--seed=--"], ["--seed", "value"]),
+    (["--gen_length=--"], ["--gen_length", "value"]),
     (["--infill=h\N{SNOWMAN}l_o"], ["--infill", "\N{SNOWMAN}"]),
     (["--infill=h_", "--prompt=h"], ["--infill", "--prompt"]),
     (["--infill=h_", "--gen_length=3"], ["--infill", "--gen_length"]),
@@ -796,7 +813,7 @@ def test_animate_leaves_the_terminal_as_it_was(checkpoint, interrupt):
     ([f"--html={ROOT / 'LICENSE'}"], ["LICENSE", ".html"]),
     ([f"--infill={ROOT / 'LICENSE'}", "--mask_char=#"], ["LICENSE", "no holes", "#"]),
     (["--infill=a", "--mask_char=\n"], ["no holes"]),
-    (["--gen_length=1" + "0" * 20], ["memory", "--gen_length"]),
+    (["--gen_length=1" + "0" * 20], ["10,000,000", "--gen_length"]),
     (["--block_length=-1"], ["block_length"]),
     (["--dtype=int4"], ["--dtype=int4"]),
     (["--steps=0"], ["steps"]),

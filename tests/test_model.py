@@ -64,6 +64,27 @@ def test_rotary_positions_are_relative():
     torch.testing.assert_close(model(idx), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_attention_of_unit_queries_and_keys():
+    """With qk_norm their length does not count; a checkpoint of before qk_norm goes without."""
+    for qk_norm in (True, False):
+        model = GPT(GPTConfig(16, 10, 1, 2, 16, qk_norm=qk_norm)).eval()
+        idx = torch.arange(8)[None]
+        before = model(idx)
+        with torch.no_grad():
+            model.h[0].attn.c_attn.weight[:32] *= 8                # queries and keys
+        assert torch.allclose(model(idx), before, atol=1e-4) == qk_norm
+
+
+def test_a_checkpoint_of_before_qk_norm(tmp_path):
+    model = GPT(GPTConfig(16, 4, 1, 2, 16, qk_norm=False)).eval()
+    save_checkpoint(tmp_path / "old.pt", model, list("abc"))
+    old = torch.load(tmp_path / "old.pt", weights_only=True)
+    del old["config"]["qk_norm"]
+    torch.save(old, tmp_path / "old.pt")
+    assert torch.equal(load_checkpoint(tmp_path / "old.pt")[0](torch.arange(3)[None]),
+                       model(torch.arange(3)[None]))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_initialisation_is_gpt2s(bias):
     model = tiny(n_embd=128, n_layer=3, bias=bias)

@@ -1,6 +1,8 @@
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -75,20 +77,51 @@ def test_bad_flags(call, tmp_path):
     assert_one_line_error(call(prepare, f"--input={tmp_path}/my.txt"), "--out_dir")
     assert_one_line_error(call(prepare, "--output=x"), "--output")
     folder = call(prepare, f"--input={tmp_path}", f"--out_dir={tmp_path}")
-    assert_one_line_error(folder, "directory")
+    assert_one_line_error(folder, "folder")
+
+
+def test_its_own_output_is_no_input(call, tmp_path):
+    (tmp_path / "train.bin").write_text("my text")
+    result = call(prepare, f"--input={tmp_path}/train.bin", f"--out_dir={tmp_path}")
+    assert_one_line_error(result, "train.bin", "overwritten")
+    assert (tmp_path / "train.bin").read_text() == "my text"
+
+
+def test_the_home_folder(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "my.txt").write_text("my text of some length")
+    assert call(prepare, "--input=~/my.txt", "--out_dir=~/mine").code == 0
+    assert (tmp_path / "mine" / "meta.json").exists()
+
+
+def test_a_download_that_drips_has_an_end(monkeypatch):
+    class Drip:
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def raise_for_status(self): pass
+        def iter_content(self, chunk_size): return itertools.repeat(b"x")
+    monkeypatch.setattr(prepare.requests, "get", lambda *_, **__: Drip())
+    clock = itertools.count()
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+    with pytest.raises(prepare.requests.Timeout):
+        prepare.fetch("https://slow", seconds=10)
+    assert next(clock) < 20
 
 
 @pytest.mark.skipif(real_text() is None, reason="needs data/shakespeare_char/input.txt, the real "
                                                 "text that prepare.py downloads")
 def test_tiny_shakespeare(tmp_path):
     """Run as a user does, from another folder, with input.txt beside the script."""
-    (tmp_path / "prepare.py").write_text(SCRIPT.read_text(encoding="utf-8"))
-    (tmp_path / "input.txt").write_bytes(real_text().encode())
-    result = subprocess.run([sys.executable, str(tmp_path / "prepare.py")], cwd="/",
+    (tmp_path / "text").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "text" / "prepare.py")
+    shutil.copy(SCRIPT.parent.parent / "common.py", tmp_path)
+    (tmp_path / "text" / "input.txt").write_bytes(real_text().encode())
+    result = subprocess.run([sys.executable, str(tmp_path / "text" / "prepare.py")], cwd="/",
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "train has 1,003,854 tokens\nval has 111,540 tokens" in result.stdout
-    chars, train, val = read(tmp_path)
+    chars, train, val = read(tmp_path / "text")
     assert len(chars) == 65 and train + val == real_text() and len(train + val) == prepare.SIZE
     assert hashlib.sha256((train + val).encode()).hexdigest() == prepare.SHA256
 

@@ -54,7 +54,8 @@ def clone(tmp_path_factory, text):
     for path in (*ROOT.glob("*.py"), ROOT / "pretrained_gpt_last.pt", ROOT / "assets"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     (folder / "data" / "shakespeare_char").mkdir(parents=True)
-    shutil.copy(ROOT / "data/shakespeare_char/prepare.py", folder / "data/shakespeare_char")
+    for name in ("data/common.py", "data/shakespeare_char/prepare.py"):
+        shutil.copy(ROOT / name, folder / name)
     for name in ("data/shakespeare_char/input.txt", "my.txt"):
         (folder / name).write_text(text, encoding="utf-8")
     return folder

@@ -644,6 +644,76 @@ def test_init_from(train, tmp_path):
     assert_one_line_error(train(f"--init_from={tmp_path}/x", "--n_layer=3"), "--n_layer=3")
 
 
+def test_the_vocabulary_grows_by_the_characters_of_another_text(call, train, tmp_path, text):
+    train("--max_iters=1", f"--save_filename={tmp_path}/x")
+    (tmp_path / "new.txt").write_text("\N{SNOWMAN}an \N{SNOWMAN}ld man" * 20, encoding="utf-8")
+    prepare.prepare(tmp_path / "new.txt", tmp_path / "new")
+    result = call(train_script, f"--data_dir={tmp_path}/new", f"--init_from={tmp_path}/x",
+                  "--device=cpu", "--dtype=float32", "--max_iters=1", "--learning_rate=0",
+                  "--muon_lr=0", "--batch_size=2", f"--save_filename={tmp_path}/y")
+    assert result.code == 0, result
+    (old, chars, _), (new, grown, _) = (load_checkpoint(tmp_path / f"{x}.pt") for x in "xy")
+    assert grown == [*chars, "\N{SNOWMAN}"] and new.config.vocab_size == old.config.vocab_size + 1
+    idx = torch.randint(len(chars), (2, 16), generator=seeded())
+    idx[:, ::3] = old.config.mask_id
+    moved = idx.where(idx != old.config.mask_id, new.config.mask_id)
+    assert torch.equal(old(idx)[..., :-1], new(moved)[..., :-2])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fcntl")
+def test_a_second_run_of_one_name_is_refused(train, tmp_path, data_dir, run):
+    path = tmp_path / "x"
+    flags = (ROOT / "train.py", *TINY, f"--data_dir={data_dir}", f"--save_filename={path}",
+             "--max_iters=1000000", "--eval_interval=5")
+    first = subprocess.Popen([sys.executable, *flags], stdout=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if "iteration 5" in line:
+            break
+    for resume in ((), ("--resume",)):
+        second = run(*flags, *resume)
+        assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
+        assert "another run is writing" in second.stderr and str(path) in second.stderr
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    train_script.lock(tmp_path / "x.pt.state").close()  # no stale lock
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("how", ["> /dev/full", ">&-", "2>&-", "| head -1",
+                                 "> /dev/null; test -f 模型.pt"])
+def test_standard_output_may_go_away(tmp_path, data_dir, how):
+    """A run does not end with it, nor with an encoding that lacks the characters of a name."""
+    command = f"{sys.executable} {ROOT / 'train.py'} {' '.join(TINY)} --data_dir={data_dir} " \
+              "--save_filename=模型 --max_iters=4 --eval_interval=2"
+    result = subprocess.run(["bash", "-c", f"{command} {how}"], cwd=tmp_path, capture_output=True,
+                            env=dict(os.environ, PYTHONIOENCODING="cp1252"))
+    assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr
+    assert b"xception" not in result.stderr
+    assert names(tmp_path) == ["模型.pt", "模型.pt.csv"]
+
+
+@pytest.mark.parametrize("env", [dict(RANK="abc"), dict(RANK="1"), dict(WORLD_SIZE="0"),
+                                 dict(RANK="2", WORLD_SIZE="2"), dict(WORLD_SIZE="")])
+def test_variables_of_torchrun_that_make_no_sense(tmp_path, env):
+    result = subprocess.run([sys.executable, ROOT / "train.py", "--data_dir=/nowhere"], text=True,
+                            env={**os.environ, **env}, capture_output=True)
+    word = "nowhere" if env == {"WORLD_SIZE": ""} else "RANK"
+    assert_one_line_error(SimpleNamespace(code=result.returncode, err=result.stderr), word)
+
+
+def test_compile_that_does_not_work_here(train, tmp_path, monkeypatch):
+    class NoCompiler(RuntimeError):
+        """No working C++ compiler found"""
+    NoCompiler.__module__ = "torch._inductor.exc"
+
+    def broken(*_):
+        raise NoCompiler("no C++ compiler\nand a hundred lines more")
+    monkeypatch.setattr(train_script, "diffusion_loss", broken)
+    result = train("--max_iters=1", f"--save_filename={tmp_path}/x")
+    assert_one_line_error(result, "--compile", "no C++ compiler")
+
+
 def test_eval_only(train, tmp_path, data_dir):
     """All of both splits, in 8 passes."""
     train(*RUN, f"--save_filename={tmp_path}/x")

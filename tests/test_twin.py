@@ -136,8 +136,15 @@ def test_a_flag_that_only_diffusion_has_is_refused(train, sample, tmp_path, flag
     assert_one_line_error(sample(f"--path={X}", flag), flag.split("=")[0], "causal")
 
 
-def test_a_twin_is_not_trained_on_as_a_mask_predictor(train, tmp_path):
-    X = tmp_path / "twin.pt"
+def test_a_twin_becomes_a_mask_predictor(train, tmp_path):
+    """--init_from takes the weights; the causal mask and QK-norm have none and may be chosen."""
+    X, Y = tmp_path / "twin.pt", tmp_path / "y.pt"
     assert train("--causal", "--max_iters=1", f"--save_filename={X}").code == 0
-    onward = train(f"--init_from={X}", "--causal=False", f"--save_filename={tmp_path / 'y'}")
-    assert_one_line_error(onward, "--causal")
+    flags = ("--max_iters=1", "--learning_rate=0", "--muon_lr=0", f"--save_filename={Y}")
+    for new in (("--causal=False",), ("--causal=False", "--qk_norm=False")):
+        assert train(f"--init_from={X}", *new, *flags).code == 0
+        (twin, _, _), (model, _, _) = load_checkpoint(X), load_checkpoint(Y)
+        assert not model.config.causal and model.config.qk_norm == (len(new) == 1)
+        assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters()))
+    assert train(f"--init_from={X}", *flags).code == 0 and load_checkpoint(Y)[0].config.causal
+    assert_one_line_error(train("--eval_only", f"--init_from={X}", "--causal=False"), "--causal")

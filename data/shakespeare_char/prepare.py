@@ -13,11 +13,8 @@ ends become \\n.
 
 import argparse
 import hashlib
-import json
-import os
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,9 @@ import requests
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from common import FILES, fail, one_line_errors, write_atomically, write_dataset  # noqa: E402
+
 URLS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
@@ -33,23 +33,10 @@ SIZE = 1_115_394
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def write_atomically(path, data):
-    """Write bytes to a temporary file beside path and rename it: path is never half-written."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def fetch(url):
+def fetch(url, seconds=300):
     """-> the bytes at url. ValueError if they are not Tiny Shakespeare, requests.RequestException
-    if it can't be reached."""
-    data = bytearray()
+    if it can't be reached, or takes longer than so many seconds."""
+    data, deadline = bytearray(), time.monotonic() + seconds
     with requests.get(url, stream=True, timeout=15) as response:
         response.raise_for_status()
         with tqdm(total=SIZE, unit="B", unit_scale=True, desc="input.txt") as bar:
@@ -58,6 +45,8 @@ def fetch(url):
                 bar.update(len(chunk))
                 if len(data) > SIZE:
                     break
+                if time.monotonic() > deadline:
+                    raise requests.Timeout
     if len(data) != SIZE or hashlib.sha256(data).hexdigest() != SHA256:
         raise ValueError(f"{len(data):,} bytes that are not Tiny Shakespeare")
     return bytes(data)
@@ -98,6 +87,10 @@ def encode(text):
 def prepare(source, out_dir):
     """The UTF-8 text file source -> three files in out_dir. ValueError for a text that can't be
     used, before anything is written."""
+    if source.exists() and not source.is_file():
+        raise ValueError(f"{source} is a folder, a device or a pipe; a text file is needed")
+    if source.resolve() in [(out_dir / name).resolve() for name in FILES]:
+        raise ValueError(f"{source} would be overwritten: give another --out_dir")
     try:
         text = source.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
@@ -110,49 +103,29 @@ def prepare(source, out_dir):
     except ValueError as e:
         raise ValueError(f"{source} has {e}") from e
     n = int(len(ids) * 0.9)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    ids = ids.astype("<u2")
-    parts = {"train.bin": ids[:n].tobytes(), "val.bin": ids[n:].tobytes()}
-    for name, data in parts.items():
-        write_atomically(out_dir / name, data)
-    # written last, meta.json says which two files belong to it
-    crc32 = {name: zlib.crc32(data) for name, data in parts.items()}
-    meta = json.dumps({"chars": list(chars), "crc32": crc32}, ensure_ascii=False)
-    write_atomically(out_dir / "meta.json", meta.encode("utf-8"))
-    print(f"length of dataset in characters: {len(ids):,}")
-    print("all the unique characters:", chars if len(chars) <= 200 else chars[:200] + " ...")
-    print(f"vocab size: {len(chars):,}")
-    print(f"train has {n:,} tokens")
-    print(f"val has {len(ids) - n:,} tokens")
-    print(f"wrote train.bin, val.bin and meta.json to {out_dir}")
-
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    write_dataset(out_dir, ids[:n], ids[n:], chars)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail  # one line, without the usage
-    parser.add_argument("--input", type=Path,
+    parser.add_argument("--input", type=path,
                         help="a UTF-8 text of your own; needs --out_dir (default: none)")
-    parser.add_argument("--out_dir", type=Path,
+    parser.add_argument("--out_dir", type=path,
                         help="folder for the three files (default: the one of this script)")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # some terminals can't show every character
-    if args.input and not args.out_dir:
-        fail("--input needs --out_dir: say where the files of your own text go")
-    source = args.input or HERE / "input.txt"
-    try:
+    with one_line_errors():
+        if args.input and not args.out_dir:
+            raise ValueError("--input needs --out_dir: say where the files of your own text go")
+        source, out_dir = args.input or HERE / "input.txt", args.out_dir or HERE
         if args.input is None and not source.exists():
             download(source)
-        prepare(source, args.out_dir or HERE)
-    except (OSError, ValueError) as e:
-        fail(e)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        prepare(source, out_dir)
+
+
+def path(text):
+    return Path(text).expanduser()
 
 
 if __name__ == "__main__":

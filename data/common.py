@@ -1,0 +1,68 @@
+"""What the prepare scripts share: the three files that train.py reads, written whole or not at all,
+and one line for what goes wrong."""
+
+import json
+import os
+import secrets
+import sys
+import zlib
+from contextlib import contextmanager
+
+# what a prepare script writes
+FILES = ("train.bin", "val.bin", "meta.json")
+
+
+def write_atomically(path, data):
+    """Write bytes to a new temporary file beside path and rename it: path is never half-written."""
+    tmp = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(tmp, "xb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_dataset(out_dir, train_ids, val_ids, chars, **meta):
+    """train_ids and val_ids (N,), and the vocabulary (chars[i] is the character of id i) -> the
+    three files in out_dir. More of meta stands in meta.json, too."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    parts = {"train.bin": train_ids.astype("<u2").tobytes(),
+             "val.bin": val_ids.astype("<u2").tobytes()}
+    for name, data in parts.items():
+        write_atomically(out_dir / name, data)
+    # written last, meta.json says which two files belong to it
+    crc32 = {name: zlib.crc32(data) for name, data in parts.items()}
+    meta = json.dumps({"chars": list(chars), "crc32": crc32, **meta}, ensure_ascii=False)
+    write_atomically(out_dir / "meta.json", meta.encode("utf-8"))
+    print(f"length of dataset in characters: {len(train_ids) + len(val_ids):,}")
+    print("all the unique characters:", "".join(chars[:200]) + " ..." * (len(chars) > 200))
+    print(f"vocab size: {len(chars):,}")
+    print(f"train has {len(train_ids):,} tokens")
+    print(f"val has {len(val_ids):,} tokens")
+    print(f"wrote {', '.join(FILES[:2])} and {FILES[2]} to {out_dir}")
+
+
+def fail(message):
+    """Bad input: one line on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def one_line_errors():
+    """What a user can cause ends a script in one line."""
+    if hasattr(sys.stdout, "reconfigure"):  # some terminals can't show every character
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        try:
+            sys.stdout.flush()
+        except OSError:  # standard output is what failed; it must not fail again at the end
+            sys.stdout = open(os.devnull, "w")
+        fail(e)
+    except KeyboardInterrupt:
+        sys.exit(130)
