@@ -270,6 +270,7 @@ def load_checkpoint(path, device="cpu"):
     it can't be opened, ValueError for all but a whole checkpoint with finite weights."""
     checkpoint = read_file(path)
     try:
+        check(isinstance(checkpoint, dict), "it is no dict")
         # a checkpoint of before qk_norm goes without it
         config = GPTConfig(**{"qk_norm": False, **checkpoint["config"]})
         chars, weights, info = checkpoint["chars"], checkpoint["model"], dict(checkpoint["info"])
@@ -367,9 +368,10 @@ def stop_signals():
 
 
 @contextmanager
-def one_line_errors(advice):
+def one_line_errors(advice, rank=0):
     """What a user can cause ends a script in one line: bad input, files, Ctrl-C, or too little
-    memory; advice says how to need less of it."""
+    memory; advice says how to need less of it. Of several processes, each of which finds the same
+    bad input, the first one alone says so."""
     try:
         yield
     except (OSError, ValueError) as e:
@@ -377,7 +379,7 @@ def one_line_errors(advice):
             sys.stdout.flush()
         except OSError:  # standard output is what failed; it must not fail again at the end
             sys.stdout = open(os.devnull, "w")
-        fail(e)
+        fail(e) if rank == 0 else sys.exit(2)
     except (MemoryError, OverflowError):
         fail(f"out of memory: {advice}")
     except RuntimeError as e:

@@ -109,9 +109,9 @@ class TrainConfig:
         at_least = dict(max_iters=1, batch_size=1, gradient_accumulation_steps=1, eval_interval=1,
                         log_interval=1, eval_passes=2, eval_chars=self.block_size, warmup_iters=0,
                         learning_rate=0, muon_lr=0, final_lr_frac=0, weight_decay=0, grad_clip=0)
-        for name, bound in at_least.items():  # "not >=" refuses nan, too
-            check(getattr(self, name) >= bound,
-                  f"--{name} must be at least {bound}, not {getattr(self, name)}")
+        for name, bound in at_least.items():  # written so that nan is refused, too
+            check(bound <= getattr(self, name) < math.inf,
+                  f"--{name} must be finite and at least {bound}, not {getattr(self, name)}")
         for name, end in dict(beta1=1, beta2=1, ema_decay=1, eps=1, seed=2**63).items():
             check(0 <= getattr(self, name) < end,
                   f"--{name} must be at least 0 and less than {end}, not {getattr(self, name)}")
@@ -780,7 +780,8 @@ def parse_args(argv=None):
 def main():
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    with one_line_errors("try a smaller --batch_size, with more --gradient_accumulation_steps"):
+    advice = "try a smaller --batch_size, with more --gradient_accumulation_steps"
+    with one_line_errors(advice, RANK):
         config, given = parse_args()
         if config.eval_only:
             sys.exit(evaluate_checkpoint(config, given))
