@@ -80,13 +80,13 @@ def altered(content, rng):
 
 
 def checkpoints(count, rng, folder):
-    """One that loads must be the one that was saved; what is refused is a ValueError or OSError."""
+    """One that loads after damage must be one that was saved; what is refused is a ValueError or OSError."""
     for name, seed in (("a", 0), ("b", 1)):
         torch.manual_seed(seed)
         save_checkpoint(folder / name, GPT(GPTConfig(16, 4, 2, 2, 16)), list("abc"), n=seed)
     a, b = (folder / "a").read_bytes(), (folder / "b").read_bytes()
     content, path, loaded = torch.load(folder / "a", weights_only=True), folder / "x.pt", 0
-    right = load_checkpoint(folder / "a")[0].state_dict()
+    whole = [load_checkpoint(folder / name)[0].state_dict() for name in "ab"]
     for i in range(count):
         if i % 2:
             path.write_bytes(damage(a, b, rng))
@@ -99,7 +99,8 @@ def checkpoints(count, rng, folder):
         loaded += 1
         model(torch.zeros(1, model.config.block_size, dtype=torch.long))
         if i % 2:
-            assert all(torch.equal(right[k], v) for k, v in model.state_dict().items())
+            assert any(all(torch.equal(right[k], v) for k, v in model.state_dict().items())
+                       for right in whole)
     return f"{count} damaged or altered checkpoints: {loaded} loaded (what was hit does not " \
            f"matter), {count - loaded} were refused"
 
