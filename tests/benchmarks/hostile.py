@@ -80,7 +80,8 @@ def altered(content, rng):
 
 
 def checkpoints(count, rng, folder):
-    """One that loads after damage must be one that was saved; what is refused is a ValueError or OSError."""
+    """One that loads after damage must be one that was saved; what is refused is a ValueError or
+    OSError."""
     for name, seed in (("a", 0), ("b", 1)):
         torch.manual_seed(seed)
         save_checkpoint(folder / name, GPT(GPTConfig(16, 4, 2, 2, 16)), list("abc"), n=seed)
