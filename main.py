@@ -35,6 +35,7 @@ SHIPPED = Path(__file__).resolve().parent / "pretrained_gpt_last.pt"
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "replay.html"
 REMASKING = ("random", "dilated", "low_confidence")
 DEFAULTS = dict(temperature=1.0, remasking="dilated", revise=0.3, block_length=None, cfg_scale=0.0)
+INFILL_DEFAULTS = dict(DEFAULTS, temperature=0.0, remasking="low_confidence", revise=0.0)
 TWIN_DEFAULTS = dict(temperature=0.8)
 LARGEST = 10_000_000        # characters of all pages together
 ENOUGH_STEPS = 32           # forward passes for a window of the model's block_size
@@ -309,7 +310,8 @@ def parse_args():
     add("--infill", help="text with holes, or - for standard input, or a file: a file of that "
                          "name exists, or the name is a word with an ending such as .txt "
                          "(default: none)")
-    add("--mask_char", default="_", help="the character that is a hole (default: %(default)s)")
+    add("--mask_char", help="the character that is a hole (default: _, and . and 0 where the model "
+                            "does not know them)")
     add("--num_samples", type=int, default=1, help="number of pages (default: %(default)s)")
     add("--seed", type=int, default=1337,
         help="same seed, device and dtype: same text (default: %(default)s)")
@@ -354,7 +356,7 @@ def read_text(flag, value, files):
         raise ValueError(f"{flag}={value} is not UTF-8 text") from e
 
 
-def make_page(args, chars, mask_id, block_size):
+def make_page(args, chars, mask_id, block_size, record):
     """-> (the ids of the page, mask_id wherever text is wanted; how many of them not to show)."""
     id_of, flag, gen_length, hidden = {c: i for i, c in enumerate(chars)}, "--prompt", 0, 0
     if args.infill is None:
@@ -370,11 +372,16 @@ def make_page(args, chars, mask_id, block_size):
             check(getattr(args, name) is None,
                   f"--infill and --{name} do not go together: the page is the text of --infill")
         text, flag = read_text("--infill", args.infill, files=True), "--infill"
-        check(len(args.mask_char) == 1,
+        check(args.mask_char is None or len(args.mask_char) == 1,
               f"--mask_char must be one character, not {args.mask_char!r}")
-        check(args.mask_char in text, f"--infill={args.infill[:60]} has no holes "
-                                      f"({args.mask_char!r}) to fill, or is no file")
-        id_of[args.mask_char] = mask_id
+        holes = args.mask_char or "_" + "".join(c for c in ".0" if c not in id_of)
+        check(set(holes) & set(text), f"--infill={args.infill[:60]!r} has no holes "
+                                      f"({' or '.join(holes)}) to fill, or is no file")
+        id_of |= dict.fromkeys(holes, mask_id)
+        if record > 1:  # the empty line that ends a record may be missing
+            text = text.rstrip("\n") + "\n" * min(2, -len(text.rstrip("\n")) % record)
+            check(len(text) % record == 0, f"--infill has {len(text)} characters, and the model "
+                                           f"was trained on records of {record}")
     unknown = " ".join(map(repr, sorted(set(text) - set(id_of))))
     check(not unknown, f"{flag} has characters that the model does not know: {unknown}")
     check((len(text) + gen_length) * args.num_samples <= LARGEST,
@@ -394,9 +401,10 @@ def make_sampler(args, model, generator, windows):
         settings = dict(TWIN_DEFAULTS, **chosen, generator=generator)
         return (lambda x, _: left_to_right(model, x, config.mask_id, **settings),
                 share_steps(windows, None, config.block_size))
-    settings = dict(DEFAULTS, **chosen, generator=generator)
+    infill = args.infill is not None
+    settings = {**(INFILL_DEFAULTS if infill else DEFAULTS), **chosen, "generator": generator}
     check(steps is None or steps >= 1, f"--steps must be at least 1, not {steps}")
-    steps = share_steps(windows, steps, ENOUGH_STEPS)
+    steps = share_steps(windows, steps, config.block_size if infill else ENOUGH_STEPS)
     if not settings["revise"]:
         steps = [min(n, n_masks) for n, (*_, n_masks) in zip(steps, windows)]
 
@@ -407,7 +415,7 @@ def make_sampler(args, model, generator, windows):
 
 def generate(args):
     device, _ = pick_device(args.device)
-    model, chars, _ = load_checkpoint(resolve_path(args.path), device)
+    model, chars, info = load_checkpoint(resolve_path(args.path), device)
     model.to(pick_dtype(args.dtype, device)[0])
     mask_id, block_size = model.config.mask_id, model.config.block_size
     check(args.num_samples >= 1, f"--num_samples must be at least 1, not {args.num_samples}")
@@ -415,7 +423,9 @@ def generate(args):
     if args.html is not None:
         check(args.html.endswith(".html") and Path(args.html).resolve().parent.is_dir(),
               f"--html={args.html} must be the name of an .html file in a folder that exists")
-    ids, hidden = make_page(args, chars, mask_id, block_size)
+    record = info.get("record", 1)
+    check(type(record) is int and record > 0, f"{args.path} has records of {record!r} characters")
+    ids, hidden = make_page(args, chars, mask_id, block_size, record)
     device = torch.device("cpu") if device.type == "mps" else device
     x = torch.tensor([ids] * args.num_samples, device=device)            # (num_samples, T)
     stream = torch.Generator().manual_seed(args.seed)                    # of seeds, one per sample

@@ -84,8 +84,8 @@ class TrainConfig:
     qk_norm: bool = knob(True, "queries and keys of unit length, which learns in half the time")
     causal: bool = knob(False, "the autoregressive twin: causal attention, next-character loss")
 
-    max_iters: int = knob(3000, "iterations", "optimization")
-    batch_size: int = knob(4, "windows per forward pass, of all processes together")
+    max_iters: int = knob(2500, "iterations", "optimization")
+    batch_size: int = knob(16, "windows per forward pass, of all processes together")
     gradient_accumulation_steps: int = knob(1, "forward passes per iteration")
     muon: bool = knob(True, "Muon for the blocks' matrices; False: AdamW for everything")
     muon_lr: float = knob(4e-3, "peak learning rate of Muon")
@@ -97,7 +97,7 @@ class TrainConfig:
     beta2: float = knob(0.99, "of AdamW")
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 disables it")
     ema_decay: float = knob(0.999, "decay of the averaged weights, which are saved; 0 disables it")
-    eps: float = knob(0.05, "smallest probability of masking: p_mask = (1 - eps) * t + eps")
+    eps: float = knob(0.1, "smallest probability of masking: p_mask = (1 - eps) * t + eps")
     seed: int = knob(1337, "of weights, batches, masks and dropout")
 
     eval_interval: int = knob(500, "iterations between evaluations, which save", "evaluation")
@@ -184,7 +184,7 @@ def train(run):
             # draws depend on seed and iteration alone, however often a run is interrupted
             generator = torch.Generator().manual_seed(seed_for(config.seed, run.iteration))
             torch.manual_seed(seed_for(config.seed, run.iteration, 1 + RANK))  # for dropout
-            batch = [get_batch(run.train_data, config, generator)]     # input_ids (B, T)
+            batch = [get_batch(run.train_data, config, generator, run.record)]      # (B, T)
             if not config.causal:
                 batch += forward_process(batch[0], mask_id, config.eps, generator)
             set_learning_rates(run)
@@ -228,12 +228,14 @@ def windows(data, starts, length):
     return torch.from_numpy(np.asarray(data)[positions.numpy()].astype(np.int64))
 
 
-def get_batch(data, config, generator):
-    """-> input_ids (B, T): the windows of one iteration, of all processes and forward passes."""
+def get_batch(data, config, generator, record=1):
+    """-> input_ids (B, T): the windows of one iteration, of all processes and forward passes.
+    They begin where a record begins, a whole number of which makes up data."""
     B, T = config.batch_size * config.gradient_accumulation_steps, config.block_size
     if torch.rand((), generator=generator) < 0.01:           # as in LLaDA: 1 % are shorter
         T = int(torch.randint(1, T + 1, (), generator=generator))
-    return windows(data, torch.randint(len(data) - T + 1, (B,), generator=generator), T)
+    n_starts = (len(data) - T) // record + 1
+    return windows(data, record * torch.randint(n_starts, (B,), generator=generator), T)
 
 
 def set_learning_rates(run):
@@ -452,19 +454,32 @@ def evaluate_checkpoint(config, given):
 # -----------------------------------------------------------------------------
 # data
 
+def folder_of(config):
+    folder = Path(__file__).resolve().parent / "data" / config.dataset
+    return Path(config.data_dir).expanduser() if config.data_dir else folder
+
+
+def read_meta(folder):
+    """-> what prepare.py wrote to meta.json, or {} where there is nothing of it: "chars", "crc32"
+    and, of some data, "record" (the data consist of records of so many characters) and "training"
+    (what TrainConfig takes for it instead of its defaults)."""
+    try:
+        return dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def load_data(config, block_size, chars=None, grow=False):
     """-> (train, val, chars): both splits as uint16 ids (N,), memory maps of the .bin files, and
     the vocabulary. With chars, a model's vocabulary, the ids are translated to it; new characters
     are added at its end if it may grow. ValueError or FileNotFoundError for anything that can't be
     trained on."""
-    folder = Path(__file__).resolve().parent / "data" / config.dataset
-    if config.data_dir:
-        folder = Path(config.data_dir).expanduser()
+    folder = folder_of(config)
     for name in ("meta.json", "train.bin", "val.bin"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"there is no {name} in {folder}; prepare.py writes it")
+    meta = read_meta(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         data_chars, crc32 = list(meta["chars"]), dict(meta["crc32"])
         whole = all(zlib.crc32((folder / name).read_bytes()) == crc32[name] for name in crc32)
         whole = whole and set(crc32) == {"train.bin", "val.bin"}
@@ -472,6 +487,9 @@ def load_data(config, block_size, chars=None, grow=False):
         whole = False
     check(whole, f"meta.json, train.bin and val.bin in {folder} do not belong together, or one is "
                  "damaged: run prepare.py again")
+    record = meta.get("record", 1)
+    check(block_size % record == 0, f"--block_size={block_size} is no whole number of records of "
+                                    f"{record} characters, of which {folder} consists")
     model_chars, chars = chars, chars or data_chars
     unknown = sorted(set(data_chars) - set(chars))
     check(grow or not unknown, f"{folder} has characters that the model does not know: "
@@ -507,6 +525,7 @@ class Run:
     optimizers: list
     scaler: torch.amp.GradScaler   # of the loss; for float16 only
     autocast: object        # the context in which the model computes in dtype
+    record: int = 1         # characters of a record of the data
     iteration: int = 0
     losses: list = field(default_factory=list)     # of the iterations since the last evaluation
     history: list = field(default_factory=list)    # a row of X.pt.csv for each evaluation
@@ -577,7 +596,7 @@ def save_model(run):
     row = run.history[-1] if run.history else {}
     save_checkpoint(run.path, run.ema, run.chars, iteration=run.iteration, minutes=run.minutes(),
                     nelbo={split: row.get(split) for split in ("train", "val")},
-                    device=str(run.device), dtype=name_of(run.dtype),
+                    device=str(run.device), dtype=name_of(run.dtype), record=run.record,
                     hyperparameters=asdict(run.config),
                     command=" ".join([launcher, "train.py", *sys.argv[1:]]))
 
@@ -708,7 +727,8 @@ def set_up(config, given):
     run = Run(config, path, chars, train_data, val_data, zlib.crc32(train_data), device, dtype,
               model, ema=copy.deepcopy(model).eval().requires_grad_(False),
               optimizers=make_optimizers(model, config), autocast=autocast_to(dtype, device),
-              scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
+              scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+              record=read_meta(folder_of(config)).get("record", 1))
     if state:
         load_state(run, state)
     say(f"device: {device} ({why_device})\ndtype: {name_of(dtype)} ({why_dtype})")
@@ -774,7 +794,9 @@ def parse_args(argv=None):
                            help=f"{f.metadata['help']} (default: {default})")
     given = vars(parse(parser, argv))
     on_cuda = pick_device(given.get("device", "auto"))[0].type == "cuda"
-    return TrainConfig(**{**(CUDA_DEFAULTS if on_cuda else {}), **given}), given
+    of_device = CUDA_DEFAULTS if on_cuda else {}
+    of_data = read_meta(folder_of(TrainConfig(**given))).get("training", {})
+    return TrainConfig(**{**of_device, **of_data, **given}), given
 
 
 def main():

@@ -1,0 +1,129 @@
+"""
+Solved Sudoku grids -> train.bin, val.bin and meta.json. A grid is a record of 91 characters: nine
+lines of nine digits, and an empty line.
+
+    python data/sudoku/prepare.py                      # 100,000 grids
+    python train.py --dataset=sudoku --save_filename=sudoku
+    python main.py --path=sudoku --infill=assets/puzzle.txt
+
+Training needs no puzzles: the forward process masks cells of a solved grid, and what it leaves is
+one. A random search finds base grids; the symmetries of the rules (digits, rows within a band,
+bands, columns within a stack, stacks, transposition) make forty grids of each. Grids for validation
+come from base grids of their own.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from common import fail, one_line_errors, write_dataset  # noqa: E402
+
+CHARS = list("\n123456789")
+RECORD = 91        # characters of a grid
+PER_BASE = 40      # grids made of a base grid
+# what train.py takes instead of its own defaults
+TRAINING = dict(block_size=RECORD)
+
+
+def solve(cells, rng=random, most=1):
+    """cells: 81 digits, 0 where empty -> up to most solutions, each a list of 81 digits. A search
+    that fills the cell with the fewest possible digits first, in random order."""
+    cells, solutions = list(cells), []
+    free = {"row": [511] * 9, "column": [511] * 9, "box": [511] * 9}      # digits as bits
+
+    def units(i):
+        row, column = divmod(i, 9)
+        return ((free["row"], row), (free["column"], column),
+                (free["box"], row // 3 * 3 + column // 3))
+
+    def possible(i):
+        (a, r), (b, c), (d, x) = units(i)
+        return a[r] & b[c] & d[x]
+
+    def toggle(i, bit):
+        for unit, n in units(i):
+            unit[n] ^= bit
+
+    def search():
+        empty = [(possible(i).bit_count(), i) for i in range(81) if not cells[i]]
+        if not empty:
+            solutions.append(list(cells))
+            return len(solutions) == most
+        i = min(empty)[1]
+        digits = [d for d in range(1, 10) if possible(i) >> (d - 1) & 1]
+        for digit in rng.sample(digits, len(digits)):
+            cells[i] = digit
+            toggle(i, 1 << digit - 1)
+            if search():
+                return True
+            toggle(i, 1 << digit - 1)
+            cells[i] = 0
+        return False
+
+    for i, digit in enumerate(cells):
+        if digit:
+            if not possible(i) >> (digit - 1) & 1:
+                return []
+            toggle(i, 1 << digit - 1)
+    search()
+    return solutions
+
+
+def shuffled(grid, count, rng):
+    """grid (9, 9) -> (count, 9, 9): grids that the symmetries of the rules make of it."""
+    def lines():  # an order of the rows that keeps bands together, or of the columns
+        return (3 * rng.permutation(3)[:, None] + np.stack([rng.permutation(3) for _ in "123"]))
+    grids = []
+    for _ in range(count):
+        digits = np.concatenate([[0], 1 + rng.permutation(9)])
+        new = digits[grid][lines().ravel()][:, lines().ravel()]
+        grids.append(new.T if rng.random() < 0.5 else new)
+    return np.stack(grids)
+
+
+def make_grids(count, seed):
+    """-> (count, 9, 9) solved grids, in random order."""
+    search, rng = random.Random(seed), np.random.default_rng(seed)
+    grids = []
+    for _ in tqdm(range(0, count, PER_BASE), desc="base grids", unit="grid", leave=False,
+                  disable=None):
+        [base] = solve([0] * 81, search)
+        grids.append(shuffled(np.reshape(base, (9, 9)), PER_BASE, rng))
+    grids = np.concatenate(grids)
+    return grids[rng.permutation(len(grids))[:count]]
+
+
+def to_ids(grids):
+    """grids (N, 9, 9) of digits -> ids (N * 91,): a digit's id is the digit, a line end's 0."""
+    lines = np.pad(grids, ((0, 0), (0, 0), (0, 1)))                       # (N, 9, 10)
+    return np.pad(lines.reshape(len(grids), -1), ((0, 0), (0, 1))).ravel().astype(np.uint16)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # one line, without the usage
+    parser.add_argument("--grids", type=int, default=100_000,
+                        help="for training; a tenth as many for validation (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1337,
+                        help="of the grids (default: %(default)s)")
+    parser.add_argument("--out_dir", type=lambda name: Path(name).expanduser(), default=HERE,
+                        help="folder for the three files (default: the one of this script)")
+    args = parser.parse_args()
+    with one_line_errors():
+        if not 10 <= args.grids <= 10_000_000:
+            raise ValueError(f"--grids must be in 10 to 10,000,000, not {args.grids}")
+        train = make_grids(args.grids, args.seed)
+        val = make_grids(args.grids // 10, args.seed + 1)
+        write_dataset(args.out_dir, to_ids(train), to_ids(val), CHARS,
+                      record=RECORD, training=TRAINING)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""
+Who solves Sudoku? A mask predictor by several orders of writing, and its autoregressive twin.
+
+    python data/sudoku/prepare.py
+    python train.py --dataset=sudoku --save_filename=sudoku
+    python tests/benchmarks/sudoku.py --train_twin      # as long as the other, and the same size
+    python tests/benchmarks/sudoku.py
+
+The twin learns what a left-to-right model needs: the puzzle, and then its solution. Puzzles are
+made of held-out grids, from base grids that no training grid comes from: with 50, 40 or 32 givens
+at random places, and with 28 or 24 so that there is exactly one solution. "Solved" is a valid grid
+with the givens kept. Seconds per puzzle are those of the last column, all puzzles in one batch.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data" / "sudoku")]
+import prepare  # noqa: E402
+import train  # noqa: E402
+from common import write_dataset  # noqa: E402
+from main import left_to_right, unmask  # noqa: E402
+from model import load_checkpoint, resolve_path  # noqa: E402
+
+GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
+SUREST = dict(remasking="low_confidence", temperature=0.0)
+RULES = [  # name, unmask's arguments, cells a step (or "steps" in all)
+    ("surest first", SUREST, 1),
+    ("surest first", SUREST, 2),
+    ("surest first", SUREST, 4),
+    ("surest first", SUREST, 8),
+    ("surest first, half of the steps revise 30 %", dict(SUREST, revise=0.3), 0.5),
+    ("surest first, guidance 0.5", dict(SUREST, cfg_scale=0.5), 1),
+    ("random order", dict(remasking="random", temperature=0.0), 1),
+    ("main.py's for pages, 32 steps", dict(remasking="dilated", temperature=1.0, revise=0.3), None),
+    ("the same without revision", dict(remasking="dilated", temperature=1.0), None),
+]
+EMPTY = 10  # the twin's id of an empty cell; [MASK]'s of the mask predictor
+
+
+def one_solution(grid, givens, rng):
+    """grid (81,) -> a puzzle of so many givens that has this solution alone, or None."""
+    cells = list(grid)
+    for i in rng.sample(range(81), 81):
+        if np.count_nonzero(cells) == givens:
+            break
+        digit, cells[i] = cells[i], 0
+        if len(prepare.solve(cells, rng, most=2)) > 1:
+            cells[i] = digit
+    return cells if np.count_nonzero(cells) == givens else None
+
+
+def puzzles(grids, givens, kind, count, rng):
+    """-> count puzzles (count, 9, 9), 0 where a cell is empty."""
+    made = []
+    for grid in grids.reshape(len(grids), 81).tolist():
+        if kind == "random":
+            keep = set(rng.sample(range(81), givens))
+            puzzle = [digit if i in keep else 0 for i, digit in enumerate(grid)]
+        else:
+            puzzle = one_solution(grid, givens, rng)
+        made += [puzzle] if puzzle else []
+        if len(made) == count:
+            return np.reshape(made, (count, 9, 9))
+    raise ValueError(f"{len(grids)} grids are too few for {count} puzzles")
+
+
+def is_solved(grid):
+    """Every row, column and box of grid (9, 9) holds the nine digits."""
+    boxes = grid.reshape(3, 3, 3, 3).swapaxes(1, 2).reshape(9, 9)
+    return all((np.sort(units, axis=1) == np.arange(1, 10)).all()
+               for units in (grid, grid.T, boxes))
+
+
+def to_page(quizzes):
+    """(N, 9, 9) -> ids (N, 91), [MASK] where a cell is empty."""
+    ids = prepare.to_ids(np.where(quizzes == 0, EMPTY, quizzes)).reshape(len(quizzes), -1)
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def to_grids(page):
+    """ids (N, 91) -> (N, 9, 9)."""
+    return page[:, :90].reshape(-1, 9, 10)[:, :, :9].numpy()
+
+
+def solve_all(states, quizzes):
+    """-> (share solved, seconds per puzzle) of an iterator of pages."""
+    began = time.perf_counter()
+    for page in states:
+        pass
+    seconds = (time.perf_counter() - began) / len(quizzes)
+    grids = to_grids(page)
+    kept = ((quizzes == 0) | (quizzes == grids)).all(axis=(1, 2))
+    return np.mean([is_solved(grid) and k for grid, k in zip(grids, kept)]), seconds
+
+
+def row(name, passes, results):
+    print(f"| {name} | {passes} | " + " | ".join(f"{100 * share:.0f} %" for share, _ in results)
+          + f" | {results[-1][1]:.2f} |", flush=True)
+
+
+def train_twin(args):
+    """As long as the mask predictor was trained, with the same flags, on lines of a puzzle and its
+    solution. Four puzzles of every grid, 17 to 80 givens."""
+    _, _, info = load_checkpoint(resolve_path(args.model))
+    rng, parts = np.random.default_rng(0), []
+    for split in ("train", "val"):
+        grids = held(split)
+        grids = np.repeat(grids, 4 if split == "train" else 1, axis=0)
+        hidden = rng.random(grids.shape).reshape(len(grids), 81).argsort(axis=1).argsort(axis=1)
+        givens = rng.integers(17, 81, len(grids))[:, None, None]
+        quizzes = np.where(hidden.reshape(grids.shape) < givens, grids, EMPTY)
+        parts.append(np.concatenate([prepare.to_ids(z).reshape(len(z), -1)
+                                     for z in (quizzes, grids)], axis=1).ravel())
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder), *parts, [*prepare.CHARS, "."], record=2 * prepare.RECORD)
+        config = info["hyperparameters"]
+        flags = [f"--{name}={config[name]}" for name in ("n_layer", "n_head", "n_embd", "rope",
+                 "batch_size", "muon_lr", "learning_rate")]
+        flags += [f"--block_size={2 * prepare.RECORD}", f"--data_dir={folder}", "--causal"]
+        began, probe = time.perf_counter(), 30
+        train_script = [sys.executable, str(ROOT / "train.py"), f"--save_filename={args.twin}"]
+        run = train.set_up(train.parse_args([*flags, f"--save_filename={folder}/probe"])[0], {})
+        run.config.max_iters, run.config.eval_interval = probe, probe
+        run.config.log_interval = probe
+        train.evaluate = train.save = lambda run: None
+        train.train(run)
+        seconds = (time.perf_counter() - began) / probe
+        iterations = int(60 * info["minutes"] / seconds)
+        subprocess.run([*train_script, *flags, f"--max_iters={iterations}",
+                        f"--eval_interval={-(-iterations // 8)}"], check=True)
+
+
+def held(split):
+    """-> the grids of train.bin or val.bin, (N, 9, 9)."""
+    data = np.fromfile(ROOT / "data" / "sudoku" / f"{split}.bin", "<u2")
+    return to_grids(torch.from_numpy(data.reshape(-1, prepare.RECORD).astype(np.int64)))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="sudoku")
+    parser.add_argument("--twin", default="sudoku_twin")
+    parser.add_argument("--train_twin", action="store_true")
+    parser.add_argument("--puzzles", type=int, default=200)
+    args = parser.parse_args()
+    if args.train_twin:
+        return train_twin(args)
+    model, _, info = load_checkpoint(resolve_path(args.model))
+    print(f"{info['command']}: {info['minutes']:.1f} minutes; {args.puzzles} puzzles each; "
+          f"{torch.get_num_threads()} threads\n")
+    rng, grids = random.Random(0), held("val")
+    sets = {n: puzzles(grids, n, kind, args.puzzles, rng) for n, kind in GIVENS.items()}
+    print("| rule | cells a step | " + " | ".join(f"{n} givens" for n in GIVENS)
+          + " | seconds per puzzle |\n" + "|---" * (len(GIVENS) + 3) + "|")
+    for name, how, per_step in RULES:
+        results = []
+        for givens, quizzes in sets.items():
+            steps = 32 if per_step is None else max(1, round((81 - givens) / per_step))
+            states = unmask(model, to_page(quizzes), EMPTY, steps, **how,
+                            generator=torch.Generator().manual_seed(0))
+            results.append(solve_all(states, quizzes))
+        row(name, per_step or "", results)
+    if resolve_path(args.twin).exists():
+        twin, _, info = load_checkpoint(resolve_path(args.twin))
+        results = []
+        for quizzes in sets.values():
+            prompt = to_page(quizzes)
+            x = torch.cat([prompt, torch.full_like(prompt, 11)], dim=1)
+            states = (state[:, 91:] for state in left_to_right(twin, x, 11, temperature=0.0))
+            results.append(solve_all(states, quizzes))
+        row(f"the twin, left to right ({info['minutes']:.1f} minutes)", 1, results)
+
+
+if __name__ == "__main__":
+    main()
