@@ -307,6 +307,8 @@ def pick_device(name="auto"):
         reason = str(e).splitlines()[0]
         check(name == "auto", f"--device={name} does not work here ({reason}); try --device=cpu")
         return torch.device("cpu"), f"the GPU does not work: {reason}"
+    if device.type == "cuda":  # cuDNN's attention plans anew, for long, for every new length
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device, torch.cuda.get_device_name(device) if device.type == "cuda" else "as asked"
 
 

@@ -33,6 +33,7 @@ except ImportError:
     fcntl = None
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -651,7 +652,8 @@ def connect(name):
                   f"torchrun --nproc_per_node={gpus}, or train.py --device=cpu")
             device = torch.device("cuda", LOCAL_RANK)
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))  # the others wait for evaluations
         why += f"; {WORLD_SIZE} processes"
     return device, why
 

@@ -712,7 +712,8 @@ def test_infill_brings_back_what_was_given(sample, tmp_path, monkeypatch, with_l
     (tmp_path / "damaged_text").write_bytes(data)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     arg = {"text": text, "file": tmp_path / "damaged_text", "stdin": "-"}[how]
-    result = sample(f"--path={with_line_ends}", f"--infill={arg}", "--num_samples=20")
+    result = sample(f"--path={with_line_ends}", f"--infill={arg}", "--num_samples=20",
+                    "--temperature=1")
     pages = result.out.split("\f")
     assert result.code == 0 and len(pages) == 20 and len(set(pages)) > 10, result
     for page in pages:
