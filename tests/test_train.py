@@ -239,9 +239,9 @@ def test_a_run_draws_from_seed_and_iteration_alone(train, tmp_path, monkeypatch)
     """So it does not matter how often it was interrupted."""
     seeds, real = [], train_script.get_batch
 
-    def seen(data, config, generator):
+    def seen(data, config, generator, record):
         seeds.append(generator.initial_seed())
-        return real(data, config, generator)
+        return real(data, config, generator, record)
     monkeypatch.setattr(train_script, "get_batch", seen)
     assert train("--max_iters=3", "--seed=7", f"--save_filename={tmp_path}/x").code == 0
     assert seeds == [seed_for(7, i) for i in range(3)]
