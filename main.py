@@ -13,6 +13,7 @@ separated by a form feed (\\f).
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from model import (check, load_checkpoint, one_line_errors, open_streams, parse, pick_device,
                    pick_dtype, regular_file, resolve_path, stop_signals, write_atomically)
+from tokenizer import decode, encode
 
 SHIPPED = Path(__file__).resolve().parent / "pretrained_gpt_last.pt"
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "replay.html"
@@ -37,7 +39,7 @@ REMASKING = ("random", "dilated", "low_confidence")
 DEFAULTS = dict(temperature=1.0, remasking="dilated", revise=0.3, block_length=None, cfg_scale=0.0)
 INFILL_DEFAULTS = dict(DEFAULTS, temperature=0.0, remasking="low_confidence", revise=0.0)
 TWIN_DEFAULTS = dict(temperature=0.8)
-LARGEST = 10_000_000        # characters of all pages together
+LARGEST = 10_000_000        # tokens of all pages together
 ENOUGH_STEPS = 32           # forward passes for a window of the model's block_size
 
 
@@ -72,12 +74,15 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
         if num_revised is not None:
             x = torch.where(choose_revised(p_written, num_revised, generator), mask_id, x)
             yield x
-        logits = predict(model, x, given, mask_id, cfg_scale)             # (B, T, mask_id)
-        x0 = sample(logits, temperature, generator)                       # (B, T)
-        x0_p = logits.softmax(dim=-1).gather(-1, x0[..., None])[..., 0]   # (B, T)
+        masked = x == mask_id                                             # (B, T), M of them
+        logits = predict(model, x, given, mask_id, cfg_scale)             # (M, mask_id)
+        drawn = sample(logits, masked.sum(dim=1).tolist(), temperature, generator)          # (M,)
+        drawn_p = logits.softmax(dim=-1).gather(-1, drawn[:, None])[:, 0]                   # (M,)
+        x0 = x.masked_scatter(masked, drawn)                              # (B, T)
+        x0_p = torch.zeros_like(p_written).masked_scatter(masked, drawn_p)                  # (B, T)
         confidence = x0_p if remasking == "low_confidence" else order
         confidence = confidence - block_of(~given, block_length)          # an earlier block first
-        confidence = torch.where(x == mask_id, confidence, -torch.inf)
+        confidence = torch.where(masked, confidence, -torch.inf)
         transfer_index = highest(confidence, num_transfer_tokens)         # (B, T) bool
         x = torch.where(transfer_index, x0, x)
         p_written = torch.where(transfer_index, x0_p, p_written)
@@ -99,39 +104,44 @@ def check_arguments(x, steps, temperature, remasking, block_length, cfg_scale, r
 
 
 def predict(model, x, given, mask_id, cfg_scale):
-    """The model's logits for x, (B, T, mask_id) in float64. [MASK] is never an answer. With
-    guidance, away from what the model says when the given tokens are masked, too."""
+    """The model's logits where x has masks, (M, mask_id) in float64. [MASK] is never an answer.
+    With guidance, away from what the model says when the given tokens are masked, too."""
+    masked = x == mask_id
     if cfg_scale:
-        with_given, without = model(torch.cat([x, x.where(~given, mask_id)])).chunk(2)
+        both = model(torch.cat([x, x.where(~given, mask_id)])).chunk(2)
+        with_given, without = (logits[masked][:, :mask_id].double() for logits in both)
         logits = without + (cfg_scale + 1) * (with_given - without)
         logits = torch.where(with_given.isneginf(), with_given, logits)
     else:
-        logits = model(x)
-    logits = logits[..., :mask_id].double()
-    check((logits.logsumexp(dim=-1).isfinite() | (x != mask_id)).all(),
+        logits = model(x)[masked][:, :mask_id].double()
+    check(logits.logsumexp(dim=-1).isfinite().all(),
           "the model's logits are no distribution: NaN, +inf, or -inf for every token")
     return logits
 
 
-def uniform(shape, generator, device):
-    """Draws in (0, 1), float64. With a list of generators, row i's come from generator[i] alone."""
+def uniform(counts, width, generator, device):
+    """Draws in (0, 1), float64: counts[i] x width of them for row i of the batch. With a list of
+    generators they come from generator[i] alone. -> (sum of counts, width)."""
     if isinstance(generator, list):
-        return torch.cat([uniform((1, *shape[1:]), g, device) for g in generator])
+        return torch.cat([uniform([n], width, g, device) for n, g in zip(counts, generator)])
     source = generator.device if generator else device
+    shape = sum(counts), width
     draws = torch.rand(shape, dtype=torch.float64, generator=generator, device=source)
     return draws.to(device).clamp_min(1e-300)
 
 
-def gumbel(shape, generator, device):
+def gumbel(counts, width, generator, device):
     """Gumbel noise: the argmax of log p + noise is a sample of p. float32 would cut the noise off
     at the top, which lowers the temperature (arXiv 2409.02908)."""
-    return -torch.log(-torch.log(uniform(shape, generator, device)))
+    return -torch.log(-torch.log(uniform(counts, width, generator, device)))
 
 
-def sample(logits, temperature, generator):
-    """logits (B, T, V) -> (B, T) tokens, ~ softmax(logits / temperature)."""
-    noise = gumbel(logits.shape, generator, logits.device)
-    return (logits.double() + temperature * noise).argmax(dim=-1)
+def sample(logits, counts, temperature, generator):
+    """logits (M, V), of which counts[i] are of row i of the batch -> (M,) tokens, ~ softmax(logits
+    / temperature)."""
+    if temperature:
+        logits = logits + temperature * gumbel(counts, logits.shape[1], generator, logits.device)
+    return logits.argmax(dim=-1)
 
 
 def highest(score, count):
@@ -145,8 +155,8 @@ def writing_order(remasking, x, generator):
     B, T = x.shape
     if remasking == "dilated":  # multiples of the golden ratio, modulo 1: neighbours are far apart
         multiples = torch.arange(T, device=x.device) * ((math.sqrt(5) - 1) / 2)
-        return (multiples + uniform((B, 1), generator, x.device)) % 1
-    return uniform((B, T), generator, x.device)
+        return (multiples + uniform([1] * B, 1, generator, x.device)) % 1
+    return uniform([1] * B, T, generator, x.device)
 
 
 def block_of(masked, block_length):
@@ -159,7 +169,7 @@ def choose_revised(p_written, count, generator):
     with weights p_written (B, T), the probability that each had when it was written (as in MaskGIT,
     arXiv 2202.04200), so improbable tokens tend to go. Given tokens have an infinite weight and
     always stay. -> (B, T) bool."""
-    noise = gumbel(p_written.shape, generator, p_written.device)
+    noise = gumbel([1] * len(p_written), p_written.shape[1], generator, p_written.device)
     return highest(-(p_written.log() + noise), count)
 
 
@@ -196,7 +206,8 @@ def left_to_right(model, x, mask_id, temperature=1.0, generator=None):
         shifted = F.pad(x, (1, 0), value=mask_id)             # what predicts position i stands at i
         logits = model(shifted[:, done:i + 1].to(cache.device), cache, done)
         x, done = x.clone(), i + 1
-        x[:, i:i + 1] = sample(logits[:, -1:, :mask_id].to(x.device), temperature, generator)
+        logits = logits[:, -1, :mask_id].to(x.device).double()
+        x[:, i] = sample(logits, [1] * len(x), temperature, generator)
         yield x
 
 
@@ -267,17 +278,17 @@ def frame(row, before, mask_id, chars, footer, width, height):
     the first mask, or the last ones."""
     lines, column, first_mask = [""], 0, None
     for now, old in zip(row, before):
-        char = "░" if now == mask_id else chars[now]
-        if char == "\n" or column == width:
-            lines.append("")
-            column = 0
-        if now == mask_id and first_mask is None:
-            first_mask = len(lines) - 1
-        if char != "\n":
-            char = char if char.isprintable() else "·"
-            style = "30;43" if now != old else "2" if now == mask_id else "0"
-            lines[-1] += f"\x1b[{style}m{char}\x1b[0m"
-            column += 1
+        for char in "░" if now == mask_id else chars[now]:
+            if char == "\n" or column == width:
+                lines.append("")
+                column = 0
+            if now == mask_id and first_mask is None:
+                first_mask = len(lines) - 1
+            if char != "\n":
+                char = char if char.isprintable() else "·"
+                style = "30;43" if now != old else "2" if now == mask_id else "0"
+                lines[-1] += f"\x1b[{style}m{char}\x1b[0m"
+                column += 1
     height = max(1, height - 2)  # an empty line and the footer
     top = len(lines) if first_mask is None else first_mask - height // 2
     top = max(0, min(top, len(lines) - height))
@@ -306,12 +317,13 @@ def parse_args():
     add("--path", default=SHIPPED, help="checkpoint, X or X.pt (default: the one that ships)")
     add("--prompt", help="text to continue, or - for standard input (default: none; the page "
                          "begins at a line's start)")
-    add("--gen_length", type=int, help="characters to write (default: fill the model's block)")
+    add("--gen_length", type=int, help="tokens (characters or word pieces) to write (default: "
+                                       "fill the model's block)")
     add("--infill", help="text with holes, or - for standard input, or a file: a file of that "
                          "name exists, or the name is a word with an ending such as .txt "
                          "(default: none)")
-    add("--mask_char", help="the character that is a hole (default: _, and . and 0 where the model "
-                            "does not know them)")
+    add("--mask_char", help="the character that is a hole, of one token each (default: _, and . "
+                            "and 0 where the model does not know them)")
     add("--num_samples", type=int, default=1, help="number of pages (default: %(default)s)")
     add("--seed", type=int, default=1337,
         help="same seed, device and dtype: same text (default: %(default)s)")
@@ -325,7 +337,7 @@ def parse_args():
     add("--remasking", choices=REMASKING, help="which predictions a step keeps: random, spread "
                                                "apart, or most confident (default: dilated)")
     add("--block_length", type=int,
-        help="finish this many characters before the next ones (default: no blocks)")
+        help="finish this many tokens before the next ones (default: no blocks)")
     add("--cfg_scale", type=float,
         help="classifier-free guidance towards the given text; 0 disables it (default: 0)")
     add = parser.add_argument_group("watching").add_argument
@@ -358,15 +370,11 @@ def read_text(flag, value, files):
 
 def make_page(args, chars, mask_id, block_size, record):
     """-> (the ids of the page, mask_id wherever text is wanted; how many of them not to show)."""
-    id_of, flag, gen_length, hidden = {c: i for i, c in enumerate(chars)}, "--prompt", 0, 0
+    gen_length = hidden = 0
     if args.infill is None:
-        text = read_text("--prompt", args.prompt or "", files=False)
-        if not text and "\n" in id_of:  # a page without a prompt begins at a line's start
+        text, flag, holes = read_text("--prompt", args.prompt or "", files=False), "--prompt", ""
+        if not text and "\n" in chars:  # a page without a prompt begins at a line's start
             text, hidden = "\n", 1
-        gen_length = args.gen_length
-        if gen_length is None:
-            gen_length = max(block_size - len(text), block_size // 2)
-        check(gen_length >= 1, f"--gen_length must be at least 1, not {gen_length}")
     else:
         for name in ("prompt", "gen_length"):
             check(getattr(args, name) is None,
@@ -374,20 +382,35 @@ def make_page(args, chars, mask_id, block_size, record):
         text, flag = read_text("--infill", args.infill, files=True), "--infill"
         check(args.mask_char is None or len(args.mask_char) == 1,
               f"--mask_char must be one character, not {args.mask_char!r}")
-        holes = args.mask_char or "_" + "".join(c for c in ".0" if c not in id_of)
+        holes = args.mask_char or "_" + "".join(c for c in ".0" if c not in chars)
         check(set(holes) & set(text), f"--infill={args.infill[:60]!r} has no holes "
                                       f"({' or '.join(holes)}) to fill, or is no file")
-        id_of |= dict.fromkeys(holes, mask_id)
         if record > 1:  # the empty line that ends a record may be missing
             text = text.rstrip("\n") + "\n" * min(2, -len(text.rstrip("\n")) % record)
             check(len(text) % record == 0, f"--infill has {len(text)} characters, and the model "
                                            f"was trained on records of {record}")
-    unknown = " ".join(map(repr, sorted(set(text) - set(id_of))))
+    unknown = " ".join(map(repr, sorted(set(text) - set("".join(chars)) - set(holes))))
     check(not unknown, f"{flag} has characters that the model does not know: {unknown}")
-    check((len(text) + gen_length) * args.num_samples <= LARGEST,
-          f"{args.num_samples} x {len(text) + gen_length} characters are more than {LARGEST:,}: "
+    ids = encode_with_holes(text, chars, holes, mask_id)
+    if args.infill is None:
+        gen_length = args.gen_length
+        if gen_length is None:
+            gen_length = max(block_size - len(ids), block_size // 2)
+        check(gen_length >= 1, f"--gen_length must be at least 1, not {gen_length}")
+    check((len(ids) + gen_length) * args.num_samples <= LARGEST,
+          f"{args.num_samples} x {len(ids) + gen_length} tokens are more than {LARGEST:,}: "
           "give a smaller --gen_length or fewer --num_samples")
-    return [id_of[c] for c in text] + [mask_id] * gen_length, hidden
+    return ids + [mask_id] * gen_length, hidden
+
+
+def encode_with_holes(text, chars, holes, mask_id):
+    """-> ids: mask_id for every character of text that is in holes; what stands between them is
+    encoded piece by piece."""
+    ids = []
+    for is_hole, run in itertools.groupby(text, lambda char: char in holes):
+        run = "".join(run)
+        ids += [mask_id] * len(run) if is_hole else encode(run, chars).tolist()
+    return ids
 
 
 def make_sampler(args, model, generator, windows):
@@ -452,7 +475,7 @@ def generate(args):
             if args.html:
                 states.append(page)
         time.sleep(1.5 if animate else 0)
-    texts = ["".join(chars[i] for i in row) for row in page.tolist()]
+    texts = [decode(row, chars) for row in page.tolist()]
     seconds = time.perf_counter() - started
     for number, text in enumerate(texts, 1):
         if len(texts) > 1:
@@ -461,7 +484,8 @@ def generate(args):
         print("\f" if number > 1 else "", text, sep="", end=end, flush=True)
     if args.html:  # after the text: if this fails, the text is not lost
         save_replay(args.html, states, mask_id, chars)
-    written = args.num_samples * ids.count(mask_id)
+    written = sum(map(len, texts)) - args.num_samples * len(decode(
+        (i for i in ids[hidden:] if i != mask_id), chars))
     speed = "" if animate else f" in {seconds:.1f} s: {written / seconds:,.0f} characters/s"
     print(f"[{passes} forward passes, {written:,} characters{speed}; seed {args.seed}]",
           file=sys.stderr)

@@ -7,9 +7,9 @@ device and dtype it runs on.
     logits = model(idx)    # (B, T) ids, model.config.mask_id where masked -> (B, T, vocab_size)
 
 A GPT becomes the mask predictor of a diffusion language model when its causal mask is removed:
-every position sees every other, so a character can be predicted from both sides. There is no time
-embedding: given the visible characters, the best prediction of a masked one does not depend on the
-time (RADD, arXiv 2406.03736, theorem 1).
+every position sees every other, so a token can be predicted from both sides. There is no time
+embedding: given the visible tokens, the best prediction of a masked one does not depend on the time
+(RADD, arXiv 2406.03736, theorem 1).
 """
 
 import math
@@ -41,8 +41,8 @@ def check(condition, message):
 
 @dataclass
 class GPTConfig:
-    block_size: int = 256   # longest sequence, in characters
-    vocab_size: int = 66    # the characters and, as the last id, [MASK]
+    block_size: int = 256   # longest sequence, in tokens: characters or word pieces
+    vocab_size: int = 66    # the tokens and, as the last id, [MASK]
     n_layer: int = 6
     n_head: int = 6
     n_embd: int = 384
@@ -167,7 +167,7 @@ class GPT(nn.Module):
         return self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head)
 
     def forward(self, idx, cache=None, start=0):
-        """idx (B, T) long, [MASK] where a character is to be predicted -> (B, T, vocab_size).
+        """idx (B, T) long, [MASK] where a token is to be predicted -> (B, T, vocab_size).
         The last logit, [MASK]'s own, is never an answer: use logits[..., :mask_id].
         ValueError if the sequence is longer than block_size.
 
@@ -229,7 +229,8 @@ def write_file(path, content):
 
 def save_checkpoint(path, model, chars, **info):
     """One self-contained file: weights (in the model's dtype), config, vocabulary (chars[i] is the
-    character of id i) and info, how the model was made (numbers, strings, lists, dicts). Atomic."""
+    token of id i, a character or a word piece) and info, how the model was made (numbers, strings,
+    lists, dicts). Atomic."""
     checkpoint = {
         "config": asdict(model.config),
         "chars": list(chars),
@@ -274,7 +275,7 @@ def load_checkpoint(path, device="cpu"):
         # a checkpoint of before qk_norm goes without it
         config = GPTConfig(**{"qk_norm": False, **checkpoint["config"]})
         chars, weights, info = checkpoint["chars"], checkpoint["model"], dict(checkpoint["info"])
-        check(isinstance(chars, list) and all(isinstance(c, str) and len(c) == 1 for c in chars)
+        check(isinstance(chars, list) and all(isinstance(c, str) and c for c in chars)
               and len(chars) == len(set(chars)) == config.mask_id,
               "its vocabulary does not fit its config")
         check(config.n_layer <= len(weights), "it holds too few weights")

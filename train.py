@@ -46,6 +46,7 @@ from tqdm import tqdm
 from model import (GPT, GPTConfig, check, fail, load_checkpoint, one_line_errors, open_streams,
                    parse, pick_device, pick_dtype, read_file, resolve_path, save_checkpoint,
                    stop_signals, write_atomically, write_file)
+from tokenizer import decode, encode
 
 # torchrun says which of the run's processes this is, over all machines and on this one
 try:
@@ -75,7 +76,7 @@ class TrainConfig:
     dtype: str = knob("auto", "to compute in: auto, float32, bfloat16 or float16")
     compile: bool = knob(False, "torch.compile the model")
 
-    block_size: int = knob(256, "window length, in characters", "model")
+    block_size: int = knob(256, "window length, in tokens: characters or word pieces", "model")
     n_layer: int = knob(4, "blocks")
     n_head: int = knob(4, "attention heads per block; n_embd / n_head = 64 is fast")
     n_embd: int = knob(256, "width of the residual stream")
@@ -83,7 +84,7 @@ class TrainConfig:
     bias: bool = knob(False, "biases in Linears and LayerNorms")
     rope: bool = knob(True, "rotary positions; False: GPT-2's learned positions")
     qk_norm: bool = knob(True, "queries and keys of unit length, which learns in half the time")
-    causal: bool = knob(False, "the autoregressive twin: causal attention, next-character loss")
+    causal: bool = knob(False, "the autoregressive twin: causal attention, next-token loss")
 
     max_iters: int = knob(2500, "iterations", "optimization")
     batch_size: int = knob(16, "windows per forward pass, of all processes together")
@@ -102,7 +103,7 @@ class TrainConfig:
     seed: int = knob(1337, "of weights, batches, masks and dropout")
 
     eval_interval: int = knob(500, "iterations between evaluations, which save", "evaluation")
-    eval_chars: int = knob(2**16, "characters of each split to evaluate on; --eval_only: all")
+    eval_chars: int = knob(2**16, "tokens of each split to evaluate on; --eval_only: all")
     eval_passes: int = knob(2, "passes, each with other masks; --eval_only: at least 8")
     log_interval: int = knob(10, "iterations between loss readings")
 
@@ -118,8 +119,8 @@ class TrainConfig:
                   f"--{name} must be at least 0 and less than {end}, not {getattr(self, name)}")
 
     @property
-    def characters(self):
-        """Characters of one iteration."""
+    def tokens(self):
+        """Of one iteration."""
         return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
 
@@ -154,19 +155,19 @@ def token_losses(model, idx, targets, mask_id):
 def diffusion_loss(model, mask_id, input_ids, noisy_batch, masked_indices, p_mask):
     """LLaDA's eq. 3 per token: the cross-entropy of the masked tokens, each divided by p_mask, over
     B * T. Its expectation is an upper bound on -log p(x_0), except for the small t that eps cuts
-    off. A scalar, in nats per character; the tensors are (B, T)."""
+    off. A scalar, in nats per token; the tensors are (B, T)."""
     losses = token_losses(model, noisy_batch, input_ids, mask_id)
     return (losses * masked_indices / p_mask).sum() / input_ids.numel()
 
 
 def autoregressive_loss(model, mask_id, input_ids):
-    """What a GPT (causal=True) learns instead: -log p of each character given those before it,
-    exactly. A scalar, in nats per character."""
+    """What a GPT (causal=True) learns instead: -log p of each token given those before it, exactly.
+    A scalar, in nats per token."""
     return next_token_losses(model, mask_id, input_ids).mean()
 
 
 def next_token_losses(model, mask_id, input_ids):
-    """(B, T). The twin reads [MASK] + x[:-1] and predicts x: the first character is scored too."""
+    """(B, T). The twin reads [MASK] + x[:-1] and predicts x: the first token is scored too."""
     shifted = F.pad(input_ids[:, :-1], (1, 0), value=mask_id)
     return token_losses(model, shifted, input_ids, mask_id)
 
@@ -319,10 +320,11 @@ def read_losses(run, new_losses, evaluating):
     if WORLD_SIZE > 1:
         dist.all_reduce(readings)
     *losses, stop = (readings / WORLD_SIZE).tolist()         # waits for the device
-    run.losses += losses
+    run.losses += [loss / run.characters_per_token for loss in losses]
     run.interrupted = stop > 0
     seconds = time.perf_counter() - run.clock
-    run.characters_per_second = len(losses) * run.config.characters / seconds
+    characters = len(losses) * run.config.tokens * run.characters_per_token
+    run.characters_per_second = characters / seconds
     new_losses.clear()
     finite = math.isfinite(losses[-1])
     if evaluating or run.interrupted:
@@ -369,11 +371,11 @@ def stop_on_signals(run):
 @torch.no_grad()
 def estimate_nelbo(model, data, passes=8, batch_size=64, seed=0, autocast=nullcontext()):
     """The bound, measured with little noise (LLaDA eq. 14; arXiv 2409.02908 eq. 7): mask exactly n
-    of a window's L characters, n uniform on 1..L, and take the mean cross-entropy of those n. Its
-    expectation is the NELBO per character. A pass covers all windows of block_size characters once,
-    with n spread evenly over 1..L; the last, shorter window is left out. The same seed gives every
+    of a window's L tokens, n uniform on 1..L, and take the mean cross-entropy of those n. Its
+    expectation is the NELBO per token. A pass covers all windows of block_size tokens once, with n
+    spread evenly over 1..L; the last, shorter window is left out. The same seed gives every
     model the same masks. data (N,) ids; model: a GPT in eval mode, or any module with a config.
-    -> (mean over the passes, at least 2, and its standard error), in nats per character."""
+    -> (mean over the passes, at least 2, and its standard error), in nats per token."""
     L, mask_id = model.config.block_size, model.config.mask_id
     device, W = next(model.parameters()).device, len(data) // L
     g = torch.Generator().manual_seed(seed)
@@ -397,7 +399,7 @@ def estimate_nelbo(model, data, passes=8, batch_size=64, seed=0, autocast=nullco
 @torch.no_grad()
 def estimate_nll(model, data, batch_size=64, autocast=nullcontext()):
     """estimate_nelbo's counterpart for the causal twin, on the same windows, but exact: -> (mean
-    over the windows, and its standard error), in nats per character."""
+    over the windows, and its standard error), in nats per token."""
     L, device = model.config.block_size, next(model.parameters()).device
     nll = []
     for starts in torch.arange(0, len(data) - L + 1, L).split(batch_size):
@@ -409,11 +411,24 @@ def estimate_nll(model, data, batch_size=64, autocast=nullcontext()):
     return float(nll.mean()), se
 
 
-def measure(model, data, passes, batch_size, autocast):
-    """-> (name, nats per character, standard error): the bound or, of the twin, the exact value."""
+def measure(model, data, chars, passes, batch_size, autocast):
+    """-> (name, nats per character, standard error): the bound or, of the twin, the exact value.
+    The windows' sum over their tokens is divided by their number of characters, so that models of
+    different vocabularies can be compared."""
     if model.config.causal:
-        return "NLL", *estimate_nll(model, data, batch_size, autocast)
-    return "NELBO", *estimate_nelbo(model, data, passes, batch_size, autocast=autocast)
+        name, (nats, se) = "NLL", estimate_nll(model, data, batch_size, autocast)
+    else:
+        name, (nats, se) = "NELBO", estimate_nelbo(model, data, passes, batch_size,
+                                                   autocast=autocast)
+    L = model.config.block_size
+    length = characters_per_token(data[:len(data) // L * L], chars)
+    return name, nats / length, se / length
+
+
+def characters_per_token(data, chars):
+    """The mean over data (N,) ids: 1 for a vocabulary of characters."""
+    counts = np.bincount(data, minlength=len(chars))
+    return float(counts @ [len(token) for token in chars] / len(data))
 
 
 def evaluate(run):
@@ -422,7 +437,8 @@ def evaluate(run):
     row = dict(iteration=run.iteration, minutes=run.minutes(), loss=loss)
     for split, data in (("train", run.train_data), ("val", run.val_data)):
         name, row[split], row[f"{split}_se"] = measure(
-            run.ema, data[:config.eval_chars], config.eval_passes, config.batch_size, run.autocast)
+            run.ema, data[:config.eval_chars], run.chars, config.eval_passes, config.batch_size,
+            run.autocast)
         say(f"iteration {run.iteration:,}: {split} {name} {row[split]:.4f} +- "
             f"{row[f'{split}_se']:.4f} nats per character")
     run.losses.clear()
@@ -447,8 +463,8 @@ def evaluate_checkpoint(config, given):
     say(f"device: {device} ({why_device})\ndtype: {name_of(dtype)} ({why_dtype})")
     say(f"{path}: iteration {info.get('iteration')}")
     for split, data in (("train", train_data), ("val", val_data)):
-        name, nats, se = measure(model, data, max(8, config.eval_passes), config.batch_size,
-                                 autocast_to(dtype, device))
+        name, nats, se = measure(model, data, chars, max(8, config.eval_passes),
+                                 config.batch_size, autocast_to(dtype, device))
         say(f"{split} {name} {nats:.4f} +- {se:.4f} nats per character")
 
 
@@ -462,7 +478,7 @@ def folder_of(config):
 
 def read_meta(folder):
     """-> what prepare.py wrote to meta.json, or {} where there is nothing of it: "chars", "crc32"
-    and, of some data, "record" (the data consist of records of so many characters) and "training"
+    and, of some data, "record" (the data consist of records of so many tokens) and "training"
     (what TrainConfig takes for it instead of its defaults)."""
     try:
         return dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
@@ -472,8 +488,8 @@ def read_meta(folder):
 
 def load_data(config, block_size, chars=None, grow=False):
     """-> (train, val, chars): both splits as uint16 ids (N,), memory maps of the .bin files, and
-    the vocabulary. With chars, a model's vocabulary, the ids are translated to it; new characters
-    are added at its end if it may grow. ValueError or FileNotFoundError for anything that can't be
+    the vocabulary. With chars, a model's vocabulary, the text is encoded in it; new characters are
+    added at its end if it may grow. ValueError or FileNotFoundError for anything that can't be
     trained on."""
     folder = folder_of(config)
     for name in ("meta.json", "train.bin", "val.bin"):
@@ -491,18 +507,17 @@ def load_data(config, block_size, chars=None, grow=False):
     record = meta.get("record", 1)
     check(block_size % record == 0, f"--block_size={block_size} is no whole number of records of "
                                     f"{record} characters, of which {folder} consists")
-    model_chars, chars = chars, chars or data_chars
-    unknown = sorted(set(data_chars) - set(chars))
+    chars = chars or data_chars
+    unknown = sorted(set("".join(data_chars)) - set(chars))
     check(grow or not unknown, f"{folder} has characters that the model does not know: "
                                f"{''.join(unknown[:20])!r}")
     chars, splits = chars + unknown, []
     for path in (folder / "train.bin", folder / "val.bin"):
-        size = path.stat().st_size // 2
-        check(size >= block_size,
-              f"{path} has {size} characters, fewer than one --block_size={block_size}")
         ids = np.memmap(path, dtype="<u2", mode="r")
-        if model_chars and data_chars != chars:
-            ids = np.array([chars.index(c) for c in data_chars], dtype="<u2")[ids]
+        if data_chars != chars:
+            ids = encode(decode(ids, data_chars), chars)
+        check(len(ids) >= block_size,
+              f"{path} has {len(ids)} tokens, fewer than one --block_size={block_size}")
         splits.append(ids)
     return *splits, chars
 
@@ -515,7 +530,8 @@ class Run:
     """All that a run is. What parts() and PROGRESS name is saved in X.pt.state for --resume."""
     config: TrainConfig
     path: Path              # X.pt; beside it X.pt.csv and X.pt.state
-    chars: list             # the vocabulary
+    chars: list             # the vocabulary: chars[i] is the token of id i
+    characters_per_token: float    # of train_data; 1 for a vocabulary of characters
     train_data: np.ndarray  # (N,) ids
     val_data: np.ndarray
     data_crc32: int         # of train_data: --resume must find the same data
@@ -526,7 +542,7 @@ class Run:
     optimizers: list
     scaler: torch.amp.GradScaler   # of the loss; for float16 only
     autocast: object        # the context in which the model computes in dtype
-    record: int = 1         # characters of a record of the data
+    record: int = 1         # tokens of a record of the data
     iteration: int = 0
     losses: list = field(default_factory=list)     # of the iterations since the last evaluation
     history: list = field(default_factory=list)    # a row of X.pt.csv for each evaluation
@@ -726,8 +742,9 @@ def set_up(config, given):
         embeddings[:known], embeddings[-1] = base.wte.weight[:known], base.wte.weight[-1]
         model.load_state_dict({**weights, "wte.weight": embeddings})
     model.to(device)
-    run = Run(config, path, chars, train_data, val_data, zlib.crc32(train_data), device, dtype,
-              model, ema=copy.deepcopy(model).eval().requires_grad_(False),
+    run = Run(config, path, chars, characters_per_token(train_data, chars), train_data, val_data,
+              zlib.crc32(train_data), device, dtype, model,
+              ema=copy.deepcopy(model).eval().requires_grad_(False),
               optimizers=make_optimizers(model, config), autocast=autocast_to(dtype, device),
               scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
               record=read_meta(folder_of(config)).get("record", 1))
@@ -736,8 +753,9 @@ def set_up(config, given):
     say(f"device: {device} ({why_device})\ndtype: {name_of(dtype)} ({why_dtype})")
     say(f"sizes: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, dropout "
           f"{config.dropout}; {sum(p.numel() for p in model.parameters()):,} parameters")
-    say(f"characters per iteration: {config.characters:,}; {config.max_iters:,} iterations are "
-          f"{config.max_iters * config.characters / len(train_data):.1f} epochs")
+    say(f"characters per iteration: {config.tokens * run.characters_per_token:,.0f}; "
+        f"{config.max_iters:,} iterations are "
+        f"{config.max_iters * config.tokens / len(train_data):.1f} epochs")
     return run
 
 

@@ -8,6 +8,8 @@ import sys
 import zlib
 from contextlib import contextmanager
 
+import numpy as np
+
 # what a prepare script writes
 FILES = ("train.bin", "val.bin", "meta.json")
 
@@ -25,9 +27,9 @@ def write_atomically(path, data):
         tmp.unlink(missing_ok=True)
 
 
-def write_dataset(out_dir, train_ids, val_ids, chars, **meta):
-    """train_ids and val_ids (N,), and the vocabulary (chars[i] is the character of id i) -> the
-    three files in out_dir. More of meta stands in meta.json, too."""
+def write_dataset(out_dir, train_ids, val_ids, vocab, **meta):
+    """train_ids and val_ids (N,), and the vocabulary (vocab[i] is the token of id i) -> the three
+    files in out_dir. More of meta stands in meta.json, too."""
     out_dir.mkdir(parents=True, exist_ok=True)
     parts = {"train.bin": train_ids.astype("<u2").tobytes(),
              "val.bin": val_ids.astype("<u2").tobytes()}
@@ -35,11 +37,16 @@ def write_dataset(out_dir, train_ids, val_ids, chars, **meta):
         write_atomically(out_dir / name, data)
     # written last, meta.json says which two files belong to it
     crc32 = {name: zlib.crc32(data) for name, data in parts.items()}
-    meta = json.dumps({"chars": list(chars), "crc32": crc32, **meta}, ensure_ascii=False)
+    meta = json.dumps({"chars": list(vocab), "crc32": crc32, **meta}, ensure_ascii=False)
     write_atomically(out_dir / "meta.json", meta.encode("utf-8"))
-    print(f"length of dataset in characters: {len(train_ids) + len(val_ids):,}")
+    lengths = np.array([len(token) for token in vocab])
+    n_characters = lengths[train_ids].sum() + lengths[val_ids].sum()
+    print(f"length of dataset in characters: {n_characters:,}")
+    chars, pieces = ([t for t in vocab if (len(t) == 1) == single] for single in (True, False))
     print("all the unique characters:", "".join(chars[:200]) + " ..." * (len(chars) > 200))
-    print(f"vocab size: {len(chars):,}")
+    if pieces:
+        print("the first word pieces:", *map(repr, pieces[:20]), "...")
+    print(f"vocab size: {len(vocab):,}")
     print(f"train has {len(train_ids):,} tokens")
     print(f"val has {len(val_ids):,} tokens")
     print(f"wrote {', '.join(FILES[:2])} and {FILES[2]} to {out_dir}")

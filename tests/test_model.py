@@ -181,7 +181,7 @@ def damaged(path, marker):
         "not a tensor": weights("zero"),
         "not finite": weights(torch.full_like(checkpoint["model"][first], torch.nan)),
         "a vocabulary of another size": saved(chars=CHARS[:-1]),
-        "a vocabulary of words": saved(chars=["word", *CHARS[1:]]),
+        "a vocabulary with an empty token": saved(chars=["", *CHARS[1:]]),
         "an impossible config": saved(config={**checkpoint["config"], "n_head": 3}),
         "a config of words": saved(config={**checkpoint["config"], "n_layer": "two"}),
         "an unknown config": saved(config={**checkpoint["config"], "moe": 8}),
@@ -191,8 +191,8 @@ def damaged(path, marker):
 @pytest.mark.parametrize("kind", [
     "empty", "cut short", "text", "another object", "code", "a bare pickle with code",
     "other shapes", "a missing weight", "not a tensor", "not finite",
-    "a vocabulary of another size", "a vocabulary of words", "an impossible config",
-    "a config of words", "an unknown config"])
+    "a vocabulary of another size", "a vocabulary with an empty token",
+    "an impossible config", "a config of words", "an unknown config"])
 def test_a_bad_checkpoint_is_one_clear_error_and_runs_no_code(kind, tmp_path, sample):
     path, marker = tmp_path / "m.pt", tmp_path / "marker"
     damaged(path, marker)[kind]()

@@ -47,11 +47,11 @@ EVERYTHING = "".join(map(chr, (c for c in range(0x20, 0x20000) if not 0xD800 <= 
 
 
 def test_the_largest_vocabulary(tmp_path):
-    ids, chars = prepare.encode(EVERYTHING[:65_535] * 2)
-    assert len(chars) == 65_535 and ids.max() == 65_534
-    assert "".join(chars[i] for i in ids[:65_535]) == EVERYTHING[:65_535]
+    vocab = prepare.learn_pieces(EVERYTHING[:65_535] * 2)
+    ids = prepare.encode(EVERYTHING[:65_535], vocab)
+    assert len(vocab) == 65_535 and ids.tolist() == list(range(65_535))
     with pytest.raises(ValueError, match="65,536 different characters"):
-        prepare.encode(EVERYTHING[:65_536])
+        prepare.learn_pieces(EVERYTHING[:65_536])
 
 
 @pytest.mark.parametrize("content, words", [
@@ -76,6 +76,10 @@ def test_bad_flags(call, tmp_path):
     (tmp_path / "my.txt").write_text("my text")
     assert_one_line_error(call(prepare, f"--input={tmp_path}/my.txt"), "--out_dir")
     assert_one_line_error(call(prepare, "--output=x"), "--output")
+    for size in (-1, 5, 65_536):  # the text has six different characters
+        assert_one_line_error(call(prepare, f"--input={tmp_path}/my.txt", f"--vocab_size={size}",
+                                   f"--out_dir={tmp_path}/out"), "my.txt has 6 different")
+    assert not (tmp_path / "out").exists()
     folder = call(prepare, f"--input={tmp_path}", f"--out_dir={tmp_path}")
     assert_one_line_error(folder, "folder")
 
@@ -116,6 +120,7 @@ def test_tiny_shakespeare(tmp_path):
     (tmp_path / "text").mkdir()
     shutil.copy(SCRIPT, tmp_path / "text" / "prepare.py")
     shutil.copy(SCRIPT.parent.parent / "common.py", tmp_path)
+    shutil.copy(ROOT / "tokenizer.py", tmp_path)
     (tmp_path / "text" / "input.txt").write_bytes(real_text().encode())
     result = subprocess.run([sys.executable, str(tmp_path / "text" / "prepare.py")], cwd="/",
                             capture_output=True, text=True)

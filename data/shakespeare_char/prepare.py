@@ -1,14 +1,15 @@
 """
-Text -> train.bin and val.bin (its characters as uint16 ids: the first 90 %, the last 10 %) and
-meta.json (the characters; a character's id is its place in the list).
+Text -> train.bin and val.bin (its tokens as uint16 ids: the first 90 %, the last 10 %) and
+meta.json (the vocabulary; a token's id is its place in the list).
 
     python data/shakespeare_char/prepare.py                                     # Tiny Shakespeare
     python data/shakespeare_char/prepare.py --input=my.txt --out_dir=data/mine  # any UTF-8 text
     python train.py --dataset=mine                                              # train on it
+    python data/shakespeare_char/prepare.py --vocab_size=512 --out_dir=data/pieces  # word pieces
 
 Without flags the text is the input.txt beside this script; if there is none, Tiny Shakespeare is
-downloaded there. Characters are Unicode code points; a byte order mark is dropped, and Windows line
-ends become \\n.
+downloaded there. Tokens are characters (Unicode code points), or with --vocab_size word pieces; a
+byte order mark is dropped, and Windows line ends become \\n.
 """
 
 import argparse
@@ -17,13 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import requests
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path += [str(HERE.parent), str(HERE.parents[1])]
 from common import FILES, fail, one_line_errors, write_atomically, write_dataset  # noqa: E402
+from tokenizer import encode, learn_pieces  # noqa: E402
 
 URLS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -69,24 +70,10 @@ def download(path, tries=3):
                           f"network: save that file as {path} by hand and run this again")
 
 
-def encode(text):
-    """-> (ids, chars): uint16 ids (len(text),), and the sorted different characters as one string.
-    One table look-up over the code points: 100 MB in seconds. ValueError if uint16 can't hold the
-    ids and, later, one more for [MASK]."""
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)  # (len(text),)
-    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
-    seen[codes] = True
-    alphabet = np.flatnonzero(seen)                                   # (vocabulary,) code points
-    if len(alphabet) > 65_535:
-        raise ValueError(f"{len(alphabet):,} different characters; at most 65,535 fit uint16 ids")
-    table = np.zeros(sys.maxunicode + 1, dtype=np.uint16)
-    table[alphabet] = np.arange(len(alphabet))
-    return table[codes], "".join(map(chr, alphabet))
-
-
-def prepare(source, out_dir):
-    """The UTF-8 text file source -> three files in out_dir. ValueError for a text that can't be
-    used, before anything is written."""
+def prepare(source, out_dir, vocab_size=None):
+    """The UTF-8 text file source -> three files in out_dir. The vocabulary is all characters of the
+    text and, up to vocab_size, pieces learned on its first 90 %. ValueError for a text that can't
+    be used, before anything is written."""
     if source.exists() and not source.is_file():
         raise ValueError(f"{source} is a folder, a device or a pipe; a text file is needed")
     if source.resolve() in [(out_dir / name).resolve() for name in FILES]:
@@ -98,12 +85,12 @@ def prepare(source, out_dir):
         raise ValueError(f"{source} is not UTF-8: {byte}. Convert it first") from e
     if len(text) < 2:
         raise ValueError(f"{source} is {'empty' if not text else 'too short to split'}")
+    n = int(len(text) * 0.9)
     try:
-        ids, chars = encode(text)
+        vocab = learn_pieces(text[:n], vocab_size, alphabet=set(text))
     except ValueError as e:
         raise ValueError(f"{source} has {e}") from e
-    n = int(len(ids) * 0.9)
-    write_dataset(out_dir, ids[:n], ids[n:], chars)
+    write_dataset(out_dir, encode(text[:n], vocab), encode(text[n:], vocab), vocab)
 
 
 def main():
@@ -114,6 +101,9 @@ def main():
                         help="a UTF-8 text of your own; needs --out_dir (default: none)")
     parser.add_argument("--out_dir", type=path,
                         help="folder for the three files (default: the one of this script)")
+    parser.add_argument("--vocab_size", type=int,
+                        help="tokens, at most: word pieces are learned besides the characters "
+                             "(default: characters alone)")
     args = parser.parse_args()
     with one_line_errors():
         if args.input and not args.out_dir:
@@ -121,7 +111,7 @@ def main():
         source, out_dir = args.input or HERE / "input.txt", args.out_dir or HERE
         if args.input is None and not source.exists():
             download(source)
-        prepare(source, out_dir)
+        prepare(source, out_dir, args.vocab_size)
 
 
 def path(text):

@@ -72,11 +72,11 @@ def train_all(args):
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
-def likelihood(models, splits, autocast):
+def likelihood(models, splits, chars, autocast):
     print("\n| | train nats | validation nats | validation bits |\n|---|---|---|---|")
     rows = {}
     for name, model in models.items():
-        rows[name] = {split: train.measure(model, data, 8, 64, autocast)
+        rows[name] = {split: train.measure(model, data, chars, 8, 64, autocast)
                       for split, data in splits.items()}
         (measure, t, t_se), (_, v, v_se) = rows[name]["train"], rows[name]["val"]
         print(f"| {name}: {measure} | {t:.4f} ± {t_se:.4f} | {v:.4f} ± {v_se:.4f} | "
@@ -239,7 +239,7 @@ def main():
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters; "
               f"{result['trained'][name]}")
     splits = dict(train=train_data[:len(val_data)], val=val_data)
-    result["likelihood"] = likelihood(models, splits, autocast)
+    result["likelihood"] = likelihood(models, splits, chars, autocast)
     torch.backends.cuda.enable_flash_sdp(True)  # which autocast_to disables, and main.py does not
     fast = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}
     metrics = Metrics(judge, chars, train_text)

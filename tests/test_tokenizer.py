@@ -1,0 +1,228 @@
+"""Word pieces: learned, encoded, and in all three commands."""
+
+import json
+import random
+import re
+
+import numpy as np
+import prepare
+import pytest
+import torch
+from conftest import assert_one_line_error
+
+import main as main_script
+import train as train_script
+from main import encode_with_holes
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from tokenizer import decode, encode, learn_pieces
+from train import characters_per_token, estimate_nelbo, estimate_nll, measure
+
+ALPHABET = "abc AB'.\n\t\r\u2028é中\U0001f389\u0301_1"
+
+
+def random_text(rng, length):
+    return "".join(rng.choices(ALPHABET, weights=[9, 9, 9, 6] + [1] * (len(ALPHABET) - 4),
+                               k=length))
+
+
+def vocabulary(seed=0, size=60):
+    return learn_pieces(random_text(random.Random(seed), 3_000), size, alphabet=ALPHABET)
+
+
+def test_pieces_are_the_most_frequent_pairs():
+    """By hand. Pairs of "ab abab abc": ab 4 times, then " ab" twice, as it follows a space."""
+    assert learn_pieces("ab abab abc", 100) == [" ", "a", "b", "c", "ab", " ab"]
+    assert learn_pieces("ab abab abc", 5) == [" ", "a", "b", "c", "ab"]
+    assert learn_pieces("aaaa", 10) == ["a", "aa"]  # a second "aa aa" would occur once
+    assert learn_pieces("ba ba", None, alphabet="z") == [" ", "a", "b", "z"]
+
+
+def naive_pieces(text, size):
+    """Byte-pair encoding as it is defined: count all pairs anew for every piece."""
+    words = [list(word) for word in re.findall(r" ?\w+| ?[^\w\s]+|\s", text)]
+    vocab = sorted(set(text))
+    while len(vocab) < size:
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        if not counts or max(counts.values()) < 2:
+            break
+        a, b = min(counts, key=lambda pair: (-counts[pair], pair))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == (a, b):
+                    word[i:i + 2] = [a + b]
+                i += 1
+        if a + b not in vocab:
+            vocab.append(a + b)
+    return vocab, [token for word in words for token in word]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_learning_agrees_with_the_definition(seed):
+    text = random_text(random.Random(seed), 1_500)
+    vocab = learn_pieces(text, 80)
+    expected, _ = naive_pieces(text, 80)
+    assert vocab == expected and len(vocab) == len(set(vocab)) > len(set(text))
+
+
+def test_encoding_divides_the_text_as_learning_did():
+    text = random_text(random.Random(1), 1_500)
+    vocab = learn_pieces(text, 50)
+    assert [vocab[i] for i in encode(text, vocab)] == naive_pieces(text, 50)[1]
+
+
+def test_any_text_of_known_characters_comes_back():
+    rng, vocab = random.Random(2), vocabulary()
+    assert any(len(token) > 2 for token in vocab)
+    for _ in range(300):
+        text = random_text(rng, rng.randrange(40))
+        ids = encode(text, vocab)
+        assert ids.dtype == np.uint16 and decode(ids, vocab) == text
+    with pytest.raises(ValueError, match="does not know: 'X' 'Z'"):
+        encode("aXbZX", vocab)
+
+
+def test_characters_are_one_id_each():
+    vocab = sorted(ALPHABET)
+    text = random_text(random.Random(3), 500)
+    assert encode(text, vocab).tolist() == [vocab.index(c) for c in text]
+
+
+def test_no_piece_crosses_a_line_or_a_word():
+    """So the lines of a text are encoded alike wherever they stand."""
+    rng, vocab = random.Random(4), vocabulary(size=120)
+    assert not any("\n" in token and token != "\n" for token in vocab)
+    assert not any(re.search(r"\w \w|\s\s|\w[.']", token) for token in vocab)
+    for _ in range(100):
+        lines = [random_text(rng, 20) + "\n" for _ in range(3)]
+        together = encode("".join(lines), vocab).tolist()
+        assert together == sum((encode(line, vocab).tolist() for line in lines), [])
+
+
+def test_holes_are_one_token_each_and_the_rest_is_encoded():
+    vocab = vocabulary()
+    ids = encode_with_holes("abc__ab_", vocab, "_", -1)
+    ab, abc = encode("ab", vocab).tolist(), encode("abc", vocab).tolist()
+    assert ids == [*abc, -1, -1, *ab, -1]
+    assert encode_with_holes("abc", vocab, "", -1) == abc
+
+
+# -----------------------------------------------------------------------------
+# the three commands
+
+@pytest.fixture(scope="module")
+def pieces_dir(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pieces")
+    (folder / "input.txt").write_text(text, encoding="utf-8")
+    prepare.prepare(folder / "input.txt", folder, vocab_size=200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pieces(pieces_dir, tmp_path_factory):
+    """A model of word pieces, untrained."""
+    vocab = json.loads((pieces_dir / "meta.json").read_text(encoding="utf-8"))["chars"]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=len(vocab) + 1, n_layer=1, n_head=2, n_embd=16))
+    path = tmp_path_factory.mktemp("model") / "pieces.pt"
+    save_checkpoint(path, model, vocab)
+    return path
+
+
+def test_prepare_learns_on_the_training_part_alone(call, text, tmp_path):
+    (tmp_path / "a.txt").write_text("ab " * 30 + "xyz" * 3, encoding="utf-8")
+    result = call(prepare, f"--input={tmp_path}/a.txt", f"--out_dir={tmp_path}", "--vocab_size=99")
+    vocab = json.loads((tmp_path / "meta.json").read_text())["chars"]
+    assert vocab == [" ", "a", "b", "x", "y", "z", "ab", " ab"]
+    assert "the first word pieces: 'ab' ' ab'" in result.out
+    assert "length of dataset in characters: 99\n" in result.out
+
+
+def test_the_files_hold_the_text(text, pieces_dir):
+    vocab = json.loads((pieces_dir / "meta.json").read_text(encoding="utf-8"))["chars"]
+    splits = [np.fromfile(pieces_dir / f"{name}.bin", "<u2") for name in ("train", "val")]
+    assert len(vocab) == 200 and "".join(decode(ids, vocab) for ids in splits) == text
+    assert len(decode(splits[0], vocab)) == int(0.9 * len(text))
+
+
+def test_measures_are_per_character(pieces, pieces_dir):
+    """The sum over the windows' tokens, over their characters: a guess that gives all tokens the
+    same probability costs log(V) a token."""
+    model, vocab, _ = load_checkpoint(pieces)
+    for p in model.parameters():
+        p.data.zero_()
+    data = np.fromfile(pieces_dir / "val.bin", "<u2")
+    used = data[:len(data) // 16 * 16]
+    expected = len(used) * np.log(len(vocab)) / len(decode(used, vocab))
+    for causal in (False, True):
+        model.config.causal = causal
+        _, nats, _ = measure(model, data, vocab, 2, 8, torch.autocast("cpu", enabled=False))
+        assert nats == pytest.approx(expected, rel=1e-5)
+    assert characters_per_token(used, vocab) == len(decode(used, vocab)) / len(used) > 1.2
+    assert characters_per_token(np.array([0, 1, 1]), ["a", "b"]) == 1
+    assert estimate_nelbo(model, data)[0] == pytest.approx(np.log(len(vocab)), rel=1e-5)
+    assert estimate_nll(model, data)[0] == pytest.approx(np.log(len(vocab)), rel=1e-5)
+
+
+def test_train_and_continue_on_characters(call, pieces_dir, data_dir, tmp_path):
+    """A model of pieces goes on on data of characters, and the other way round: the text is
+    encoded in the model's vocabulary."""
+    tiny = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
+            "--device=cpu", "--dtype=float32", "--max_iters=2", "--eval_chars=64")
+    x, y = tmp_path / "x.pt", tmp_path / "y.pt"
+    result = call(train_script, *tiny, f"--save_filename={x}", f"--data_dir={pieces_dir}")
+    assert result.code == 0 and "nats per character" in result.out
+    _, vocab, _ = load_checkpoint(x)
+    assert len(vocab) == 200
+    per_iteration = int(re.search(r"characters per iteration: (\d+)", result.out)[1])
+    assert 64 * 1.2 < per_iteration < 64 * 3
+    assert call(train_script, *tiny, f"--save_filename={y}", f"--data_dir={data_dir}").code == 0
+    sizes = tiny[3:]
+    for start, data in ((x, data_dir), (y, pieces_dir)):
+        result = call(train_script, *sizes, f"--init_from={start}", f"--data_dir={data}",
+                      f"--save_filename={tmp_path}/z")
+        assert result.code == 0
+        assert load_checkpoint(tmp_path / "z.pt")[1] == load_checkpoint(start)[1]
+        one, other = (call(train_script, "--eval_only", f"--init_from={start}", "--device=cpu",
+                           "--dtype=float32", f"--data_dir={folder}").out
+                      for folder in (data_dir, pieces_dir))
+        assert one == other  # the same text
+
+
+def test_pages_prompts_and_holes(sample, pieces, tmp_path):
+    vocab = load_checkpoint(pieces)[1]
+    many = ("--gen_length=40", "--num_samples=2", f"--path={pieces}")
+    result = sample(*many, "--prompt=the king and ", f"--html={tmp_path}/run.html")
+    first, second = result.out.removesuffix("\n").split("\n\f")
+    assert first.startswith("the king and ") and second.startswith("the king and ")
+    length = len(first + second) - 2 * len("the king and ")
+    assert length > 80 * 1.1 and f", {length} characters in" in result.err
+    assert (tmp_path / "run.html").exists()
+
+    result = sample(f"--path={pieces}", "--infill=the __ of th_")
+    start, end = re.fullmatch(r"the (.*) of th(.+)\n", result.out, re.DOTALL).groups()
+    assert end in vocab and any(a + b == start for a in vocab for b in vocab)
+    assert_one_line_error(sample(f"--path={pieces}", "--infill=th_ \u4e2d"), "--infill", "'\u4e2d'")
+
+
+def test_the_animation_shows_every_character(pieces):
+    vocab = load_checkpoint(pieces)[1]
+    piece = max(range(200), key=lambda i: len(vocab[i]))
+    row = [piece, vocab.index("\n"), 200]
+    shown = main_script.frame(row, row, 200, vocab, "footer", 80, 24)
+    text = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown)
+    assert text.startswith(f"{vocab[piece]}\r\n░")
+
+
+def test_noise_is_drawn_where_masks_are_alone(monkeypatch):
+    drawn = []
+    real = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda shape, **how: drawn.append(shape) or
+                        real(shape, **how))
+    x = torch.tensor([[0, 9, 1, 9], [2, 3, 4, 9]])
+    for _ in main_script.unmask(lambda x: torch.zeros(*x.shape, 10), x, 9, 2):
+        pass
+    assert drawn == [(2, 4), (3, 9), (1, 9)]  # the order; then 3 masks, then 1

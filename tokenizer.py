@@ -1,0 +1,130 @@
+"""
+What a token is: a character, or a word piece. A vocabulary is a list of different, non-empty
+strings; the id of a token is its place in the list. ([MASK] has one more id, and no string.)
+
+    from tokenizer import decode, encode, learn_pieces
+    vocab = learn_pieces(text, 512)   # learn_pieces(text): the characters alone
+    ids = encode(text, vocab)         # (N,) uint16
+    decode(ids, vocab) == text
+
+Pieces are learned by byte-pair encoding (R. Sennrich et al., arXiv 1508.07909), on characters
+instead of bytes: begin with the characters, join the most frequent pair of neighbours to a new
+piece, repeat.
+"""
+
+import heapq
+import re
+import sys
+from array import array
+from collections import Counter, defaultdict
+
+import numpy as np
+from tqdm import tqdm
+
+LARGEST = 65_535  # tokens of a vocabulary: ids are uint16, and [MASK] needs one
+# No piece crosses the border of a word: a run of letters and digits, or of other signs, with the
+# space before it. All other white space stands alone, so no piece crosses a line's end either.
+WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s")
+
+
+def learn_pieces(text, vocab_size=None, alphabet=()):
+    """-> a vocabulary: the characters of text and alphabet, sorted, and then pieces, those learned
+    first standing first, up to vocab_size (None: no pieces) or until no pair of neighbours occurs
+    twice. Deterministic. ValueError if vocab_size does not fit the characters, or uint16 ids."""
+    vocab = sorted(set(text) | set(alphabet))
+    if len(vocab) > LARGEST:
+        raise ValueError(f"{len(vocab):,} different characters; at most {LARGEST:,} fit uint16 ids")
+    if vocab_size is None:
+        return vocab
+    if not len(vocab) <= vocab_size <= LARGEST:
+        raise ValueError(f"{len(vocab):,} different characters: give a --vocab_size from there to "
+                         f"{LARGEST:,}, not {vocab_size:,}")
+    n_words = Counter(word[0] for word in WORD.finditer(text))
+    parts_of = {word: list(word) for word in n_words}        # how each word is divided so far
+    counts, words_with = Counter(), defaultdict(set)         # of each pair of neighbours
+
+    def count(word, sign):
+        pairs = list(zip(parts_of[word], parts_of[word][1:]))
+        for pair in pairs:
+            counts[pair] += sign * n_words[word]
+            words_with[pair].add(word)
+        return pairs
+
+    for word in parts_of:
+        count(word, 1)
+    queue = [(-n, pair) for pair, n in counts.items()]       # the most frequent pair first
+    heapq.heapify(queue)
+    known = set(vocab)
+    with tqdm(total=vocab_size - len(vocab), desc="pieces", leave=False, disable=None) as bar:
+        while queue and len(vocab) < vocab_size:
+            n, pair = heapq.heappop(queue)
+            if -n != counts[pair]:                           # out of date; the true count is queued
+                continue
+            if counts[pair] < 2:
+                break
+            piece, changed = "".join(pair), set()
+            for word in words_with.pop(pair):
+                changed.update(count(word, -1))
+                parts_of[word] = join(parts_of[word], pair)
+                changed.update(count(word, 1))
+            for other in changed - {pair}:
+                heapq.heappush(queue, (-counts[other], other))
+            if piece not in known:                           # two pairs may make the same piece
+                known.add(piece)
+                vocab.append(piece)
+                bar.update()
+    return vocab
+
+
+def join(parts, pair):
+    """Make one part of pair wherever it occurs in the list parts, from the left."""
+    joined, i = [], 0
+    while i < len(parts):
+        both = tuple(parts[i:i + 2]) == pair
+        joined.append("".join(pair) if both else parts[i])
+        i += 2 if both else 1
+    return joined
+
+
+def encode(text, vocab):
+    """-> ids (N,) uint16. A word is divided into characters; then the neighbours that make the
+    piece of the lowest id are joined, again and again. ValueError for characters that vocab does
+    not have."""
+    id_of = {token: i for i, token in enumerate(vocab)}
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    table = np.full(sys.maxunicode + 1, LARGEST, dtype=np.uint16)      # code point -> id
+    for token, i in id_of.items():
+        if len(token) == 1:
+            table[ord(token)] = i
+    ids = table[codes]                                                 # (characters,)
+    if (ids == LARGEST).any():
+        unknown = sorted(set(map(chr, codes[ids == LARGEST])))
+        raise ValueError("characters that the model does not know: "
+                         + " ".join(map(repr, unknown[:20])))
+    if all(len(token) == 1 for token in vocab):
+        return ids
+    ids, known = array("H"), {}                                        # known: a word -> its ids
+    for match in tqdm(WORD.finditer(text), desc="encoding", unit="word", unit_scale=True,
+                      leave=False, delay=1, disable=None):
+        word = match[0]
+        if word not in known:
+            known[word] = encode_word(word, id_of)
+        ids.extend(known[word])
+    return np.array(ids, dtype=np.uint16)
+
+
+def encode_word(word, id_of):
+    """-> a list of ids."""
+    parts = list(word)
+    while len(parts) > 1:
+        ranks = [id_of.get(a + b, LARGEST) for a, b in zip(parts, parts[1:])]
+        if min(ranks) == LARGEST:
+            break
+        i = ranks.index(min(ranks))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return [id_of[part] for part in parts]
+
+
+def decode(ids, vocab):
+    """-> the text that ids, any sequence of integers, stand for."""
+    return "".join(vocab[i] for i in ids)
