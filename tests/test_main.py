@@ -21,6 +21,7 @@ from conftest import (
 
 from main import (
     REMASKING,
+    beam_search,
     frame,
     generate_pages,
     page_windows,
@@ -96,6 +97,34 @@ def test_temperature_zero_is_argmax():
     x = torch.full((50, 3), M)
     greedy = last(unmask(table, x, M, steps=1, temperature=0, generator=seeded()))
     assert (greedy == table(torch.full((1, 3), M))[0, :, :2].argmax(-1)).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_wide_beam_finds_the_most_probable_text(seed):
+    """Of a model that is exact, the log-probabilities of a text's tokens add up to the text's own,
+    in any order; a beam as wide as there are texts loses none."""
+    table = Table(T=4, V=2, seed=seed)
+    x = torch.full((2, 4), 2)
+    best = table.outcomes[table.joint.argmax()]
+    assert (last(beam_search(table, x, 2, beam=16)) == best).all()
+    given = torch.tensor([[2, 1, 2, 2]])
+    fits = torch.where(table.outcomes[:, 1] == 1, table.joint, 0)
+    assert (last(beam_search(table, given, 2, beam=16)) == table.outcomes[fits.argmax()]).all()
+    states = list(beam_search(table, x, 2, beam=3))
+    assert [int((state == 2).sum()) for state in states] == [6, 4, 2, 0]
+
+
+def test_a_beam_of_one_is_greedy_and_a_wider_one_finds_better():
+    better = 0
+    for seed in range(20):
+        table, x = Table(T=4, V=2, seed=seed), torch.full((1, 4), 2)
+        greedy = last(unmask(table, x, 2, 4, temperature=0.0, remasking="low_confidence"))
+        one, two = (last(beam_search(table, x, 2, beam)) for beam in (1, 2))
+        p = [table.joint[table.index(page)].item() for page in (greedy, one, two)]
+        assert torch.equal(one, greedy)
+        better += p[2] > p[1]
+        assert p[2] >= 0.9 * p[1]
+    assert better >= 3
 
 
 def test_gumbel_noise_is_float64(monkeypatch):
@@ -805,6 +834,10 @@ def test_animate_leaves_the_terminal_as_it_was(checkpoint, interrupt):
     (["--infill=h_", "--mask_char="], ["--mask_char"]),
     (["--infill=h_", "--mask_char=__"], ["--mask_char"]),
     ([f"--infill={ROOT / 'pretrained_gpt_last.pt'}"], ["pretrained_gpt_last.pt", "UTF-8"]),
+    (["--beam=2"], ["--beam", "--infill"]),
+    (["--infill=a_", "--beam=0"], ["--beam", "not 0"]),
+    (["--infill=a_", "--beam=2", "--temperature=1"], ["--beam", "--temperature"]),
+    (["--infill=a_", "--beam=2", "--steps=1"], ["--beam", "--steps"]),
     (["--revise=2"], ["revise"]),
     (["--remask=0.3"], ["--remask"]),
     (["--html=/nowhere/run.html"], ["--html", "/nowhere/run.html"]),
@@ -846,7 +879,8 @@ def test_help_is_grouped_and_shows_every_default(sample):
     flags = {name: set(groups[name]) for name in ("page", "sampler", "watching", "device")}
     assert flags == {
         "page": {"path", "prompt", "gen_length", "infill", "mask_char", "num_samples", "seed"},
-        "sampler": {"steps", "temperature", "revise", "remasking", "block_length", "cfg_scale"},
+        "sampler": {"steps", "temperature", "revise", "remasking", "block_length", "cfg_scale",
+                    "beam"},
         "watching": {"animate", "html"},
         "device": {"device", "dtype"},
     }

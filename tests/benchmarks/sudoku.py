@@ -28,11 +28,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data" / "sudoku")]
 import prepare  # noqa: E402
 import train  # noqa: E402
 from common import write_dataset  # noqa: E402
-from main import left_to_right, unmask  # noqa: E402
-from model import load_checkpoint, resolve_path  # noqa: E402
+from main import beam_search, unmask  # noqa: E402
+from model import load_checkpoint, pick_dtype, resolve_path  # noqa: E402
 
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
 SUREST = dict(remasking="low_confidence", temperature=0.0)
+BEAMS = (4, 16)
 RULES = [  # name, unmask's arguments, cells a step (or "steps" in all)
     ("surest first", SUREST, 1),
     ("surest first", SUREST, 2),
@@ -140,6 +141,19 @@ def train_twin(args):
                         f"--eval_interval={-(-iterations // 8)}"], check=True)
 
 
+def leftmost(twin):
+    """The twin as a mask predictor that is sure of nothing but the leftmost mask (in every row at
+    the same place), so that beam_search writes from left to right."""
+    def logits(x):
+        mask_id = twin.config.mask_id
+        i = int((x[0] == mask_id).int().argmax())
+        shifted = torch.nn.functional.pad(x[:, :i], (1, 0), value=mask_id)
+        everywhere = torch.zeros(*x.shape, mask_id + 1)
+        everywhere[:, i] = twin(shifted)[:, -1].float()
+        return everywhere
+    return logits
+
+
 def held(split):
     """-> the grids of train.bin or val.bin, (N, 9, 9)."""
     data = np.fromfile(ROOT / "data" / "sudoku" / f"{split}.bin", "<u2")
@@ -156,8 +170,10 @@ def main():
     if args.train_twin:
         return train_twin(args)
     model, _, info = load_checkpoint(resolve_path(args.model))
+    dtype, _ = pick_dtype("auto", torch.device("cpu"))
+    model.to(dtype)
     print(f"{info['command']}: {info['minutes']:.1f} minutes; {args.puzzles} puzzles each; "
-          f"{torch.get_num_threads()} threads\n")
+          f"{torch.get_num_threads()} threads, {dtype}\n")
     rng, grids = random.Random(0), held("val")
     sets = {n: puzzles(grids, n, kind, args.puzzles, rng) for n, kind in GIVENS.items()}
     print("| rule | cells a step | " + " | ".join(f"{n} givens" for n in GIVENS)
@@ -170,15 +186,21 @@ def main():
                             generator=torch.Generator().manual_seed(0))
             results.append(solve_all(states, quizzes))
         row(name, per_step or "", results)
+    for beam in BEAMS:
+        results = [solve_all(beam_search(model, to_page(quizzes), EMPTY, beam), quizzes)
+                   for quizzes in sets.values()]
+        row(f"surest first, beam {beam}", 1, results)
     if resolve_path(args.twin).exists():
         twin, _, info = load_checkpoint(resolve_path(args.twin))
-        results = []
-        for quizzes in sets.values():
-            prompt = to_page(quizzes)
-            x = torch.cat([prompt, torch.full_like(prompt, 11)], dim=1)
-            states = (state[:, 91:] for state in left_to_right(twin, x, 11, temperature=0.0))
-            results.append(solve_all(states, quizzes))
-        row(f"the twin, left to right ({info['minutes']:.1f} minutes)", 1, results)
+        twin.to(dtype)
+        for beam in (1, 16):
+            results = []
+            for quizzes in sets.values():
+                prompt = to_page(quizzes)
+                x = torch.cat([prompt, torch.full_like(prompt, 11)], dim=1)
+                states = beam_search(leftmost(twin), x, 11, beam)
+                results.append(solve_all((state[:, 91:] for state in states), quizzes))
+            row(f"the twin, left to right, beam {beam} ({info['minutes']:.1f} minutes)", 1, results)
 
 
 if __name__ == "__main__":
