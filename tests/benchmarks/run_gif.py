@@ -3,6 +3,8 @@ Draw a run as a moving picture, in the look of assets/replay.html.
 
     python main.py --seed=1 --html=run.html
     python tests/benchmarks/run_gif.py run.html assets/run.gif
+    python main.py --path=sudoku --infill=assets/puzzle.txt --html=run.html
+    python tests/benchmarks/run_gif.py run.html assets/sudoku.gif 24    # of larger letters
 
 One frame for each state of the first page: masks in grey, what is fresh on yellow, the rest from
 blue (decided first) to red (decided last). Needs Pillow (pip install pillow) and, as Debian's
@@ -22,7 +24,7 @@ PAPER, DIM, MASK, FRESH, INK = map(ImageColor.getrgb, (
     "#faf9f6", "#8a8a94", "#d8d6d0", "#ffe066", "#1c1c22"))
 HUES = [tuple(round(255 * v) for v in colorsys.hls_to_rgb((265 - 265 * i / 11) / 360, .38, .75))
         for i in range(12)]
-WIDTH, MARGIN, LINE, SIZE = 700, 20, 24, 16             # pixels
+WIDTH, MARGIN = 700, 20                                 # pixels
 FIRST, EACH, LAST = 900, 180, 3000                      # milliseconds
 
 
@@ -51,39 +53,42 @@ def lines_of(page, columns):
             lines.append([])
         if char != "\n":
             lines[-1].append((char, decided))
+    while not lines[-1]:  # empty lines at the end
+        lines.pop()
     return lines
 
 
-def frames_of(states):
-    font = ImageFont.truetype(FONT, SIZE)
-    width, last = round(font.getlength("M")), len(states) - 1
+def frames_of(states, size):
+    font, small = (ImageFont.truetype(FONT, n) for n in (size, 16))
+    width, height, last = round(font.getlength("M")), size * 3 // 2, len(states) - 1
     pages = [lines_of(page, (WIDTH - 2 * MARGIN) // width) for _, page in states]
-    bottom = MARGIN + LINE * max(map(len, pages)) + LINE // 2
+    bottom = MARGIN + height * max(len(lines) for lines in pages) + height // 2
+    right = 2 * MARGIN + max(width * len(line) for lines in pages for line in lines)
     for now, ((caption, _), lines) in enumerate(zip(states, pages)):
-        image = Image.new("RGB", (WIDTH, bottom + LINE + MARGIN // 2), PAPER)
+        image = Image.new("RGB", (min(WIDTH, right), bottom + 24 + MARGIN // 2), PAPER)
         draw = ImageDraw.Draw(image)
         draw.fontmode = "1"  # letters of one colour each: smoothed ones make a larger file
         for row, line in enumerate(lines):
             for column, (char, decided) in enumerate(line):
-                x, y = MARGIN + column * width, MARGIN + row * LINE
+                x, y = MARGIN + column * width, MARGIN + row * height
                 ink = HUES[11 * (decided - 1) // max(1, last - 1)] if decided else INK
                 if char is None:
                     char, ink = "▒", MASK
                 elif 0 < decided == now < last:
-                    draw.rectangle([x, y, x + width - 1, y + LINE - 3], fill=FRESH)
+                    draw.rectangle([x, y, x + width - 1, y + height - 3], fill=FRESH)
                     ink = INK
                 draw.text((x, y), char, font=font, fill=ink)
-        draw.text((MARGIN, bottom), caption, font=font, fill=DIM)
+        draw.text((MARGIN, bottom), caption, font=small, fill=DIM)
         yield image
 
 
 def main():
-    source, target = sys.argv[1:]
+    source, target, size = [*sys.argv[1:], "16"][:3]
     states, palette = states_of(Path(source).read_text(encoding="utf-8")), Image.new("P", (1, 1))
     palette.putpalette([value for color in (PAPER, DIM, MASK, FRESH, INK, *HUES)
                         for value in color])
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE)
-              for frame in frames_of(states)]
+              for frame in frames_of(states, int(size))]
     frames[0].save(target, save_all=True, append_images=frames[1:], loop=0, optimize=True,
                    duration=[FIRST, *[EACH] * (len(frames) - 2), LAST])
 
