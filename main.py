@@ -13,7 +13,6 @@ separated by a form feed (\\f).
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -65,7 +64,8 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     cfg_scale > 0: classifier-free guidance towards the given tokens.
     revise > 0: half of the steps write a draft; each of the others masks a share of the text again,
     first this share, then less and less, and rewrites it (after ReMDM, arXiv 2503.00307).
-    generator: a torch.Generator, or a list of one per row; then no row depends on the others.
+    generator: a torch.Generator, or a list of one per row; then no row depends on the others, if
+    all have equally many masks.
     ValueError for arguments that make no sense, or if the model's logits are no distribution."""
     check_arguments(x, steps, temperature, remasking, block_length, cfg_scale, revise, generator)
     given = x != mask_id                                                  # (B, T)
@@ -347,7 +347,7 @@ def parse_args():
     add("--infill", help="text with holes, or - for standard input, or a file: a file of that "
                          "name exists, or the name is a word with an ending such as .txt "
                          "(default: none)")
-    add("--mask_char", help="the character that is a hole, of one token each (default: _, and . "
+    add("--mask_char", help="the character that marks a hole, one token each (default: _, and . "
                             "and 0 where the model does not know them)")
     add("--num_samples", type=int, default=1, help="number of pages (default: %(default)s)")
     add("--seed", type=int, default=1337,
@@ -357,8 +357,9 @@ def parse_args():
                                   "(default: 32 for each window of the model's block)")
     add("--temperature", type=float, help="0: greedy (it repeats itself); 1: the model's "
                                           "distribution (default: 1.0; of a causal model 0.8)")
-    add("--revise", type=float, help="fraction of the text to rewrite in the second half of the "
-                                     "steps; 0 disables it (default: 0.3)")
+    add("--revise", type=float, help="fraction of the text that the second half of the steps "
+                                     "begins to rewrite, then less and less; 0 disables it "
+                                     "(default: 0.3)")
     add("--remasking", choices=REMASKING, help="which predictions a step keeps: random, spread "
                                                "apart, or most confident (default: dilated)")
     add("--block_length", type=int,
@@ -401,8 +402,8 @@ def make_page(args, chars, mask_id, block_size, record):
     gen_length = hidden = 0
     if args.infill is None:
         text, flag, holes = read_text("--prompt", args.prompt or "", files=False), "--prompt", ""
-        if not text and "\n" in chars:  # a page without a prompt begins at a line's start
-            text, hidden = "\n", 1
+        if not text and "\n" in chars and record == 1:
+            text, hidden = "\n", 1  # a page without a prompt begins at a line's start
     else:
         for name in ("prompt", "gen_length"):
             check(getattr(args, name) is None,
@@ -419,7 +420,7 @@ def make_page(args, chars, mask_id, block_size, record):
                                            f"was trained on records of {record}")
     unknown = " ".join(map(repr, sorted(set(text) - set("".join(chars)) - set(holes))))
     check(not unknown, f"{flag} has characters that the model does not know: {unknown}")
-    ids = encode_with_holes(text, chars, holes, mask_id)
+    ids = encode(text, chars, holes, mask_id).tolist()
     if args.infill is None:
         gen_length = args.gen_length
         if gen_length is None:
@@ -428,17 +429,10 @@ def make_page(args, chars, mask_id, block_size, record):
     check((len(ids) + gen_length) * args.num_samples <= LARGEST,
           f"{args.num_samples} x {len(ids) + gen_length} tokens are more than {LARGEST:,}: "
           "give a smaller --gen_length or fewer --num_samples")
+    check(record == 1 or len(ids) + gen_length <= block_size,
+          f"a page of records has at most {block_size} characters, not {len(ids) + gen_length}: "
+          "give one at a time")
     return ids + [mask_id] * gen_length, hidden
-
-
-def encode_with_holes(text, chars, holes, mask_id):
-    """-> ids: mask_id for every character of text that is in holes; what stands between them is
-    encoded piece by piece."""
-    ids = []
-    for is_hole, run in itertools.groupby(text, lambda char: char in holes):
-        run = "".join(run)
-        ids += [mask_id] * len(run) if is_hole else encode(run, chars).tolist()
-    return ids
 
 
 def make_sampler(args, model, generator, windows, record):
@@ -471,7 +465,10 @@ def make_sampler(args, model, generator, windows, record):
     if not settings["revise"]:
         steps = [min(n, n_masks) for n, (*_, n_masks) in zip(steps, windows)]
 
-    return lambda x, steps: unmask(predictor, x, config.mask_id, steps, **settings), steps
+
+    def fill(x, window_steps):
+        return unmask(predictor, x, config.mask_id, window_steps, **settings)
+    return fill, steps
 
 
 def generate(args):

@@ -24,7 +24,8 @@ from tqdm import tqdm
 LARGEST = 65_535  # tokens of a vocabulary: ids are uint16, and [MASK] needs one
 # No piece crosses the border of a word: a run of letters and digits, or of other signs, with the
 # space before it. All other white space stands alone, so no piece crosses a line's end either.
-WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s")
+# (A text without spaces is cut into words of 32 characters.)
+WORD = re.compile(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s")
 
 
 def learn_pieces(text, vocab_size=None, alphabet=()):
@@ -86,27 +87,29 @@ def join(parts, pair):
     return joined
 
 
-def encode(text, vocab):
+def encode(text, vocab, holes="", mask_id=None):
     """-> ids (N,) uint16. A word is divided into characters; then the neighbours that make the
-    piece of the lowest id are joined, again and again. ValueError for characters that vocab does
-    not have."""
-    id_of = {token: i for i, token in enumerate(vocab)}
+    piece of the lowest id are joined, again and again. Every character that is in the string holes
+    becomes mask_id; the text on either side of it is encoded by itself. ValueError for characters
+    that vocab does not have."""
+    id_of = {token: i for i, token in enumerate(vocab)} | dict.fromkeys(holes, mask_id)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    table = np.full(sys.maxunicode + 1, LARGEST, dtype=np.uint16)      # code point -> id
+    table = np.full(sys.maxunicode + 1, -1, dtype=np.int32)            # code point -> id
     for token, i in id_of.items():
         if len(token) == 1:
             table[ord(token)] = i
     ids = table[codes]                                                 # (characters,)
-    if (ids == LARGEST).any():
-        unknown = sorted(set(map(chr, codes[ids == LARGEST])))
+    if (ids < 0).any():
+        unknown = sorted(set(map(chr, codes[ids < 0])))
         raise ValueError("characters that the model does not know: "
                          + " ".join(map(repr, unknown[:20])))
     if all(len(token) == 1 for token in vocab):
-        return ids
+        return ids.astype(np.uint16)
     ids, known = array("H"), {}                                        # known: a word -> its ids
-    for match in tqdm(WORD.finditer(text), desc="encoding", unit="word", unit_scale=True,
-                      leave=False, delay=1, disable=None):
-        word = match[0]
+    runs = re.split(f"([{re.escape(holes)}])", text) if holes else [text]
+    words = (match[0] for run in runs for match in WORD.finditer(run))
+    for word in tqdm(words, desc="encoding", unit="word", unit_scale=True, leave=False, delay=1,
+                     disable=None):
         if word not in known:
             known[word] = encode_word(word, id_of)
         ids.extend(known[word])

@@ -83,7 +83,7 @@ class TrainConfig:
     dropout: float = knob(0.0, "for runs of many epochs, say 0.1; slow on a CPU")
     bias: bool = knob(False, "biases in Linears and LayerNorms")
     rope: bool = knob(True, "rotary positions; False: GPT-2's learned positions")
-    qk_norm: bool = knob(True, "queries and keys of unit length, which learns in half the time")
+    qk_norm: bool = knob(True, "normalize queries and keys, which learns in fewer iterations")
     causal: bool = knob(False, "the autoregressive twin: causal attention, next-token loss")
 
     max_iters: int = knob(2500, "iterations", "optimization")
@@ -414,7 +414,8 @@ def estimate_nll(model, data, batch_size=64, autocast=nullcontext()):
 def measure(model, data, chars, passes, batch_size, autocast):
     """-> (name, nats per character, standard error): the bound or, of the twin, the exact value.
     The windows' sum over their tokens is divided by their number of characters, so that models of
-    different vocabularies can be compared."""
+    different vocabularies can be compared. The standard error of the bound is over passes, that of
+    the exact value over windows."""
     if model.config.causal:
         name, (nats, se) = "NLL", estimate_nll(model, data, batch_size, autocast)
     else:
@@ -435,10 +436,10 @@ def evaluate(run):
     """Measure both splits, save the model if it is the best so far, add a row to the loss curve."""
     config, loss = run.config, float(np.mean(run.losses))
     row = dict(iteration=run.iteration, minutes=run.minutes(), loss=loss)
+    length = max(config.eval_chars, config.block_size)
     for split, data in (("train", run.train_data), ("val", run.val_data)):
         name, row[split], row[f"{split}_se"] = measure(
-            run.ema, data[:config.eval_chars], run.chars, config.eval_passes, config.batch_size,
-            run.autocast)
+            run.ema, data[:length], run.chars, config.eval_passes, config.batch_size, run.autocast)
         say(f"iteration {run.iteration:,}: {split} {name} {row[split]:.4f} +- "
             f"{row[f'{split}_se']:.4f} nats per character")
     run.losses.clear()

@@ -1,5 +1,5 @@
-"""What the prepare scripts share: the three files that train.py reads, written whole or not at all,
-and one line for what goes wrong."""
+"""What the prepare scripts share: the three files that train.py reads, each written whole or not at
+all, and one line for what goes wrong."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def write_atomically(path, data):
 
 def write_dataset(out_dir, train_ids, val_ids, vocab, **meta):
     """train_ids and val_ids (N,), and the vocabulary (vocab[i] is the token of id i) -> the three
-    files in out_dir. More of meta stands in meta.json, too."""
+    files in out_dir. Further keyword arguments are stored in meta.json."""
     out_dir.mkdir(parents=True, exist_ok=True)
     parts = {"train.bin": train_ids.astype("<u2").tobytes(),
              "val.bin": val_ids.astype("<u2").tobytes()}

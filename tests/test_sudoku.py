@@ -232,3 +232,12 @@ def test_a_record_that_is_no_number(call, tmp_path):
     model = GPT(GPTConfig(16, 4, 1, 2, 16))
     save_checkpoint(tmp_path / "x.pt", model, list("abc"), record="many")
     assert_one_line_error(call(main_script, f"--path={tmp_path}/x"), "records")
+
+
+def test_a_page_is_a_record(call, solver, tmp_path):
+    """It begins where a record begins, and does not go on beyond one."""
+    page = call(main_script, "--device=cpu")
+    assert page.code == 0 and len(page.out) == 22 and not page.out.startswith("\n")
+    (tmp_path / "puzzle.txt").write_text(2 * "12__\n__1_\n_1__\n__21\n\n")
+    assert_one_line_error(call(main_script, f"--infill={tmp_path}/puzzle.txt"), "at most 21", "42")
+    assert_one_line_error(call(main_script, "--gen_length=22"), "at most 21")

@@ -12,7 +12,6 @@ from conftest import assert_one_line_error
 
 import main as main_script
 import train as train_script
-from main import encode_with_holes
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tokenizer import decode, encode, learn_pieces
 from train import characters_per_token, estimate_nelbo, estimate_nll, measure
@@ -39,7 +38,7 @@ def test_pieces_are_the_most_frequent_pairs():
 
 def naive_pieces(text, size):
     """Byte-pair encoding as it is defined: count all pairs anew for every piece."""
-    words = [list(word) for word in re.findall(r" ?\w+| ?[^\w\s]+|\s", text)]
+    words = [list(word) for word in re.findall(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s", text)]
     vocab = sorted(set(text))
     while len(vocab) < size:
         counts = {}
@@ -85,6 +84,12 @@ def test_any_text_of_known_characters_comes_back():
         encode("aXbZX", vocab)
 
 
+def test_a_text_without_spaces_takes_no_quadratic_time():
+    """It is cut into words of 32 characters."""
+    assert learn_pieces("a" * 10_000, 100) == ["a", "aa", "a" * 4, "a" * 8, "a" * 16, "a" * 32]
+    assert encode("a" * 100_000, ["a", "aa"]).tolist() == [1] * 50_000
+
+
 def test_characters_are_one_id_each():
     vocab = sorted(ALPHABET)
     text = random_text(random.Random(3), 500)
@@ -104,10 +109,10 @@ def test_no_piece_crosses_a_line_or_a_word():
 
 def test_holes_are_one_token_each_and_the_rest_is_encoded():
     vocab = vocabulary()
-    ids = encode_with_holes("abc__ab_", vocab, "_", -1)
     ab, abc = encode("ab", vocab).tolist(), encode("abc", vocab).tolist()
-    assert ids == [*abc, -1, -1, *ab, -1]
-    assert encode_with_holes("abc", vocab, "", -1) == abc
+    assert encode("abc__ab.", vocab, "_.", 999).tolist() == [*abc, 999, 999, *ab, 999]
+    assert encode("ab^-]", vocab, "-^]", 9).tolist() == [*ab, 9, 9, 9]
+    assert encode("a_b", ["a", "b", "_"], "_", 3).tolist() == [0, 3, 1]
 
 
 # -----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import requests
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE.parent), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 from common import FILES, fail, one_line_errors, write_atomically, write_dataset  # noqa: E402
 from tokenizer import encode, learn_pieces  # noqa: E402
 

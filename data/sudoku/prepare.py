@@ -6,10 +6,10 @@ lines of nine digits, and an empty line.
     python train.py --dataset=sudoku --save_filename=sudoku
     python main.py --path=sudoku --infill=assets/puzzle.txt
 
-Training needs no puzzles: the forward process masks cells of a solved grid, and what it leaves is
-one. A random search finds base grids; the symmetries of the rules (digits, rows within a band,
-bands, columns within a stack, stacks, transposition) make forty grids of each. Grids for validation
-come from base grids of their own.
+Training needs no puzzles: the forward process masks cells of a solved grid, and what remains
+visible is one. A random search finds base grids; the symmetries of the rules (digits, rows within a
+band, bands, columns within a stack, stacks, transposition) make forty grids of each. Grids for
+validation come from base grids of their own.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path.insert(0, str(HERE.parent))
 from common import fail, one_line_errors, write_dataset  # noqa: E402
 
 CHARS = list("\n123456789")
@@ -34,7 +34,7 @@ TRAINING = dict(block_size=RECORD, n_layer=6, n_head=6, n_embd=192, rope=False, 
 
 def solve(cells, rng=random, most=1):
     """cells: 81 digits, 0 where empty -> up to most solutions, each a list of 81 digits. A search
-    that fills the cell with the fewest possible digits first, in random order."""
+    that fills a cell with the fewest possible digits first, and tries them in random order."""
     cells, solutions = list(cells), []
     free = {"row": [511] * 9, "column": [511] * 9, "box": [511] * 9}      # digits as bits
 
