@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data" / "sudoku")]
 import prepare  # noqa: E402
-import train  # noqa: E402
+from claims import seconds_per_iteration  # noqa: E402
 from common import write_dataset  # noqa: E402
 from main import beam_search, unmask  # noqa: E402
 from model import load_checkpoint, pick_dtype, resolve_path  # noqa: E402
@@ -110,8 +110,9 @@ def row(name, passes, results):
 
 
 def train_twin(args):
-    """As long as the mask predictor was trained, with the same flags, on lines of a puzzle and its
-    solution. Four puzzles of every grid, 17 to 80 givens."""
+    """As long as the mask predictor was trained, by what an iteration of each takes now, with the
+    same flags, on lines of a puzzle and its solution. Four puzzles of every grid, 17 to 80
+    givens."""
     _, _, info = load_checkpoint(resolve_path(args.model))
     rng, parts = np.random.default_rng(0), []
     for split in ("train", "val"):
@@ -127,18 +128,13 @@ def train_twin(args):
         config = info["hyperparameters"]
         flags = [f"--{name}={config[name]}" for name in ("n_layer", "n_head", "n_embd", "rope",
                  "batch_size", "muon_lr", "learning_rate")]
-        flags += [f"--block_size={2 * prepare.RECORD}", f"--data_dir={folder}", "--causal"]
-        began, probe = time.perf_counter(), 30
-        train_script = [sys.executable, str(ROOT / "train.py"), f"--save_filename={args.twin}"]
-        run = train.set_up(train.parse_args([*flags, f"--save_filename={folder}/probe"])[0], {})
-        run.config.max_iters, run.config.eval_interval = probe, probe
-        run.config.log_interval = probe
-        train.evaluate = train.save = lambda run: None
-        train.train(run)
-        seconds = (time.perf_counter() - began) / probe
-        iterations = int(60 * info["minutes"] / seconds)
-        subprocess.run([*train_script, *flags, f"--max_iters={iterations}",
-                        f"--eval_interval={-(-iterations // 8)}"], check=True)
+        twin_flags = [*flags, f"--block_size={2 * prepare.RECORD}", f"--data_dir={folder}",
+                      "--causal"]
+        one, twin_s = (seconds_per_iteration(f) for f in ([*flags, "--dataset=sudoku"], twin_flags))
+        iterations = int(info["iteration"] * one / twin_s)
+        subprocess.run([sys.executable, str(ROOT / "train.py"), f"--save_filename={args.twin}",
+                        *twin_flags, f"--max_iters={iterations}",
+                        f"--eval_interval={-(-iterations // 4)}"], check=True)
 
 
 def leftmost(twin):
