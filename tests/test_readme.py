@@ -15,7 +15,7 @@ INLINE = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"```.*?```", "", READM
 COMMANDS = [" ".join(text.split()) for text in [*"".join(FENCED).splitlines(), *INLINE]
             if text.startswith("python ") and "…" not in text]
 TOY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--max_iters=4",
-       "--eval_interval=2", "--eval_chars=64"]
+       "--eval_interval=2", "--eval_chars=256"]
 
 
 def code_of(name):
