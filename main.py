@@ -418,9 +418,10 @@ def make_page(args, chars, mask_id, block_size, record):
             text = text.rstrip("\n") + "\n" * min(2, -len(text.rstrip("\n")) % record)
             check(len(text) % record == 0, f"--infill has {len(text)} characters, and the model "
                                            f"was trained on records of {record}")
-    unknown = " ".join(map(repr, sorted(set(text) - set("".join(chars)) - set(holes))))
-    check(not unknown, f"{flag} has characters that the model does not know: {unknown}")
-    ids = encode(text, chars, holes, mask_id).tolist()
+    try:
+        ids = encode(text, chars, holes, mask_id).tolist()
+    except ValueError as e:
+        raise ValueError(f"{flag} has {e}") from e
     if args.infill is None:
         gen_length = args.gen_length
         if gen_length is None:
@@ -464,7 +465,6 @@ def make_sampler(args, model, generator, windows, record):
     steps = share_steps(windows, steps, config.block_size if infill else ENOUGH_STEPS)
     if not settings["revise"]:
         steps = [min(n, n_masks) for n, (*_, n_masks) in zip(steps, windows)]
-
 
     def fill(x, window_steps):
         return unmask(predictor, x, config.mask_id, window_steps, **settings)

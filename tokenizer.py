@@ -21,7 +21,7 @@ from collections import Counter, defaultdict
 import numpy as np
 from tqdm import tqdm
 
-LARGEST = 65_535  # tokens of a vocabulary: ids are uint16, and [MASK] needs one
+MAX_TOKENS = 65_535  # tokens of a vocabulary: ids are uint16, and [MASK] needs one
 # No piece crosses the border of a word: a run of letters and digits, or of other signs, with the
 # space before it. All other white space stands alone, so no piece crosses a line's end either.
 # (A text without spaces is cut into words of 32 characters.)
@@ -33,13 +33,14 @@ def learn_pieces(text, vocab_size=None, alphabet=()):
     first standing first, up to vocab_size (None: no pieces) or until no pair of neighbours occurs
     twice. Deterministic. ValueError if vocab_size does not fit the characters, or uint16 ids."""
     vocab = sorted(set(text) | set(alphabet))
-    if len(vocab) > LARGEST:
-        raise ValueError(f"{len(vocab):,} different characters; at most {LARGEST:,} fit uint16 ids")
+    if len(vocab) > MAX_TOKENS:
+        raise ValueError(f"{len(vocab):,} different characters; at most {MAX_TOKENS:,} fit uint16 "
+                         "ids")
     if vocab_size is None:
         return vocab
-    if not len(vocab) <= vocab_size <= LARGEST:
+    if not len(vocab) <= vocab_size <= MAX_TOKENS:
         raise ValueError(f"{len(vocab):,} different characters: give a --vocab_size from there to "
-                         f"{LARGEST:,}, not {vocab_size:,}")
+                         f"{MAX_TOKENS:,}, not {vocab_size:,}")
     n_words = Counter(word[0] for word in WORD.finditer(text))
     parts_of = {word: list(word) for word in n_words}        # how each word is divided so far
     counts, words_with = Counter(), defaultdict(set)         # of each pair of neighbours
@@ -120,8 +121,8 @@ def encode_word(word, id_of):
     """-> a list of ids."""
     parts = list(word)
     while len(parts) > 1:
-        ranks = [id_of.get(a + b, LARGEST) for a, b in zip(parts, parts[1:])]
-        if min(ranks) == LARGEST:
+        ranks = [id_of.get(a + b, MAX_TOKENS) for a, b in zip(parts, parts[1:])]
+        if min(ranks) == MAX_TOKENS:
             break
         i = ranks.index(min(ranks))
         parts[i:i + 2] = [parts[i] + parts[i + 1]]

@@ -109,7 +109,7 @@ class TrainConfig:
 
     def __post_init__(self):
         at_least = dict(max_iters=1, batch_size=1, gradient_accumulation_steps=1, eval_interval=1,
-                        log_interval=1, eval_passes=2, eval_chars=self.block_size, warmup_iters=0,
+                        log_interval=1, eval_passes=2, warmup_iters=0,
                         learning_rate=0, muon_lr=0, final_lr_frac=0, weight_decay=0, grad_clip=0)
         for name, bound in at_least.items():  # written so that nan is refused, too
             check(bound <= getattr(self, name) < math.inf,
@@ -428,18 +428,18 @@ def measure(model, data, chars, passes, batch_size, autocast):
 
 def characters_per_token(data, chars):
     """The mean over data (N,) ids: 1 for a vocabulary of characters."""
-    counts = np.bincount(data, minlength=len(chars))
-    return float(counts @ [len(token) for token in chars] / len(data))
+    lengths = np.array([len(token) for token in chars], dtype=np.uint16)
+    return float(lengths[data].mean(dtype=np.float64))
 
 
 def evaluate(run):
     """Measure both splits, save the model if it is the best so far, add a row to the loss curve."""
     config, loss = run.config, float(np.mean(run.losses))
     row = dict(iteration=run.iteration, minutes=run.minutes(), loss=loss)
-    length = max(config.eval_chars, config.block_size)
     for split, data in (("train", run.train_data), ("val", run.val_data)):
         name, row[split], row[f"{split}_se"] = measure(
-            run.ema, data[:length], run.chars, config.eval_passes, config.batch_size, run.autocast)
+            run.ema, data[:config.eval_chars], run.chars, config.eval_passes, config.batch_size,
+            run.autocast)
         say(f"iteration {run.iteration:,}: {split} {name} {row[split]:.4f} +- "
             f"{row[f'{split}_se']:.4f} nats per character")
     run.losses.clear()
@@ -733,6 +733,8 @@ def set_up(config, given):
     if config.init_from and not state:
         base, chars, _ = load_checkpoint(resolve_path(config.init_from))
         adopt_sizes(config, given, base.config, free=("qk_norm", "causal"))  # they have no weights
+    check(config.eval_chars >= config.block_size, f"--eval_chars must be at least the block_size, "
+                                                  f"{config.block_size}, not {config.eval_chars}")
     train_data, val_data, chars = load_data(config, config.block_size, chars, grow=bool(base))
     torch.manual_seed(config.seed)
     sizes = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}

@@ -39,8 +39,8 @@ def write_dataset(out_dir, train_ids, val_ids, vocab, **meta):
     crc32 = {name: zlib.crc32(data) for name, data in parts.items()}
     meta = json.dumps({"chars": list(vocab), "crc32": crc32, **meta}, ensure_ascii=False)
     write_atomically(out_dir / "meta.json", meta.encode("utf-8"))
-    lengths = np.array([len(token) for token in vocab])
-    n_characters = lengths[train_ids].sum() + lengths[val_ids].sum()
+    lengths = np.array([len(token) for token in vocab], dtype=np.uint16)
+    n_characters = sum(int(lengths[ids].sum(dtype=np.int64)) for ids in (train_ids, val_ids))
     print(f"length of dataset in characters: {n_characters:,}")
     chars, pieces = ([t for t in vocab if (len(t) == 1) == single] for single in (True, False))
     print("all the unique characters:", "".join(chars[:200]) + " ..." * (len(chars) > 200))

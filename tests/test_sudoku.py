@@ -123,6 +123,8 @@ def test_the_data_set_chooses_its_sizes(call, folder, tmp_path):
     result = call(train_script, *flags, f"--save_filename={tmp_path}/x")
     assert result.code == 0 and "characters per iteration: 364" in result.out, result
     assert_one_line_error(call(train_script, *flags, "--block_size=90"), "--block_size=90", "91")
+    few = call(train_script, *flags, "--eval_chars=91", f"--save_filename={tmp_path}/y")
+    assert few.code == 0  # a window of the data set's own size
     page = call(main_script, f"--path={tmp_path}/x", f"--infill={ROOT}/assets/puzzle.txt",
                 "--device=cpu")
     puzzle = (ROOT / "assets" / "puzzle.txt").read_text()

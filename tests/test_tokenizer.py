@@ -137,7 +137,7 @@ def pieces(pieces_dir, tmp_path_factory):
     return path
 
 
-def test_prepare_learns_on_the_training_part_alone(call, text, tmp_path):
+def test_prepare_learns_on_the_training_part_alone(call, tmp_path):
     (tmp_path / "a.txt").write_text("ab " * 30 + "xyz" * 3, encoding="utf-8")
     result = call(prepare, f"--input={tmp_path}/a.txt", f"--out_dir={tmp_path}", "--vocab_size=99")
     vocab = json.loads((tmp_path / "meta.json").read_text())["chars"]
