@@ -198,26 +198,36 @@ def schedule(masked, steps, block_length, revise):
 
 
 @torch.no_grad()
-def beam_search(model, x, mask_id, beam):
-    """Fill holes surest first, one per forward pass, but keep several texts instead of one: those
-    whose tokens so far are together the most probable, beam of them. (By the chain rule of
-    probability, the log-probabilities of a text's tokens add up to its own, in whatever order they
-    are written.) x (B, T) long, as in unmask, with equally many masks in each row. An iterator:
-    yields the best (B, T) state after every pass. With beam=1, what unmask does with low_confidence
-    at temperature 0."""
-    B, T = x.shape
+def beam_search(model, x, mask_id, beam, certain=0.99):
+    """Fill holes surest first, but keep several texts instead of one: those whose tokens so far are
+    together the most probable, beam of them. (By the chain rule of probability, the
+    log-probabilities of a text's tokens add up to its own, in whatever order they are written.)
+    In a forward pass, each text gets all tokens that are more probable than certain. A text that
+    has none of them branches: its surest hole is filled with every possible token.
+    x (B, T) long, as in unmask. An iterator: yields the best (B, T) state after every pass. With
+    beam=1 and certain=1, what unmask does with low_confidence at temperature 0, one token a pass"""
     x = x[:, None].repeat(1, beam, 1)                                     # (B, beam, T)
-    score = torch.full((B, beam), -torch.inf, dtype=torch.float64, device=x.device)
+    score = torch.full(x.shape[:2], -torch.inf, dtype=torch.float64, device=x.device)
     score[:, 0] = 0.0                                                     # one text to begin with
-    for n in range(int((x[0, 0] == mask_id).sum()), 0, -1):               # masks that are left
-        log_p = predict(model, x.flatten(0, 1), None, mask_id, 0).log_softmax(dim=-1)
-        log_p = log_p.view(B, beam, n, mask_id)
-        surest = log_p.amax(dim=-1).argmax(dim=-1)[..., None]             # (B, beam, 1), in 0..n-1
-        at = (x == mask_id).nonzero()[:, 2].view(B, beam, n).gather(2, surest)
-        log_p = log_p.gather(2, surest[..., None].expand(-1, -1, 1, mask_id))[:, :, 0]
-        score, best = (score[..., None] + log_p).flatten(1).topk(beam)    # (B, beam), sorted
-        parent, token = (best // mask_id)[..., None], (best % mask_id)[..., None]
-        x = x.gather(1, parent.expand(-1, -1, T)).scatter(2, at.gather(1, parent), token)
+    while (holes := (x == mask_id) & score.isfinite()[..., None]).any():  # (B, beam, T), M of them
+        unfinished = holes.any(dim=-1)                                    # (B, beam)
+        log_p = predict(model, x[unfinished], None, mask_id, 0).log_softmax(dim=-1)    # (M, V)
+        best_p, best = log_p.max(dim=-1)                                  # (M,)
+        sureness = torch.full(x.shape, -torch.inf, dtype=torch.float64, device=x.device)
+        sureness = sureness.masked_scatter(holes, best_p)                 # (B, beam, T)
+        written = sureness > math.log(certain)
+        x = torch.where(written, x.masked_scatter(holes, best), x)
+        score = score + sureness.where(written, 0.0).sum(dim=-1)
+
+        surest = sureness.argmax(dim=-1, keepdim=True)                    # (B, beam, 1)
+        row = (holes.flatten().cumsum(0) - 1).view(x.shape).gather(2, surest)[..., 0]
+        branching = unfinished & ~written.any(dim=-1)
+        as_it_is = torch.arange(mask_id, device=x.device) == x.gather(2, surest)
+        as_it_is = torch.where(as_it_is, 0.0, -torch.inf)                 # (B, beam, V)
+        branches = torch.where(branching[..., None], log_p[row], as_it_is)
+        score, chosen = (score[..., None] + branches).flatten(1).topk(beam)   # (B, beam), sorted
+        parent, token = (chosen // mask_id)[..., None], (chosen % mask_id)[..., None]
+        x = x.gather(1, parent.expand_as(x)).scatter(2, surest.gather(1, parent), token)
         yield x[:, 0]
 
 

@@ -99,7 +99,8 @@ class TrainConfig:
     beta2: float = knob(0.99, "of AdamW")
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 disables it")
     ema_decay: float = knob(0.999, "decay of the averaged weights, which are saved; 0 disables it")
-    eps: float = knob(0.1, "smallest probability of masking: p_mask = (1 - eps) * t + eps")
+    eps: float = knob(0.1, "smallest probability of masking: p_mask = (p_max - eps) * t + eps")
+    p_max: float = knob(1.0, "largest probability of masking; below 1 for puzzles")
     seed: int = knob(1337, "of weights, batches, masks and dropout")
 
     eval_interval: int = knob(500, "iterations between evaluations, which save", "evaluation")
@@ -117,6 +118,8 @@ class TrainConfig:
         for name, end in dict(beta1=1, beta2=1, ema_decay=1, eps=1, seed=2**63).items():
             check(0 <= getattr(self, name) < end,
                   f"--{name} must be at least 0 and less than {end}, not {getattr(self, name)}")
+        check(self.eps < self.p_max <= 1,
+              f"--p_max must be more than --eps={self.eps} and at most 1, not {self.p_max}")
 
     @property
     def tokens(self):
@@ -130,15 +133,15 @@ CUDA_DEFAULTS = dict(n_layer=6, n_head=6, n_embd=384, dropout=0.2, batch_size=64
 # -----------------------------------------------------------------------------
 # the algorithm: forward process, loss, loop
 
-def forward_process(input_ids, mask_id, eps=1e-3, generator=None):
-    """Mask every token independently with probability p_mask = (1 - eps) * t + eps (LLaDA, arXiv
-    2502.09992, sec. 2.1). Every row's t is uniform on [0, 1]; together they are stratified, one in
-    each of B equal parts of [0, 1], so that a batch meets all amounts of masking (MDLM, arXiv
-    2406.07524). input_ids (B, T): clean tokens x_0, on the CPU; generator: a CPU torch.Generator.
-    -> noisy_batch x_t, masked_indices, p_mask, each (B, T)."""
+def forward_process(input_ids, mask_id, eps=1e-3, generator=None, p_max=1.0):
+    """Mask every token independently with probability p_mask, from eps at t = 0 to p_max at t = 1
+    (LLaDA, arXiv 2502.09992, sec. 2.1, has p_max = 1). Every row's t is uniform on [0, 1]; together
+    they are stratified, one in each of B equal parts of [0, 1], so that a batch meets all amounts
+    of masking (MDLM, arXiv 2406.07524). input_ids (B, T): clean tokens x_0, on the CPU; generator:
+    a CPU torch.Generator. -> noisy_batch x_t, masked_indices, p_mask, each (B, T)."""
     B, T = input_ids.shape
     t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
-    p_mask = ((1 - eps) * t + eps)[:, None].expand(B, T)
+    p_mask = ((p_max - eps) * t + eps)[:, None].expand(B, T)
     masked_indices = torch.rand(B, T, generator=generator) < p_mask
     noisy_batch = torch.where(masked_indices, mask_id, input_ids)
     return noisy_batch, masked_indices, p_mask
@@ -188,7 +191,7 @@ def train(run):
             torch.manual_seed(seed_for(config.seed, run.iteration, 1 + RANK))  # for dropout
             batch = [get_batch(run.train_data, config, generator, run.record)]      # (B, T)
             if not config.causal:
-                batch += forward_process(batch[0], mask_id, config.eps, generator)
+                batch += forward_process(batch[0], mask_id, config.eps, generator, config.p_max)
             set_learning_rates(run)
             new_losses.append(accumulate_gradient(net, loss_function, batch, run))
             update_weights(run)

@@ -104,14 +104,33 @@ def test_a_wide_beam_finds_the_most_probable_text(seed):
     """Of a model that is exact, the log-probabilities of a text's tokens add up to the text's own,
     in any order; a beam as wide as there are texts loses none."""
     table = Table(T=4, V=2, seed=seed)
-    x = torch.full((2, 4), 2)
-    best = table.outcomes[table.joint.argmax()]
-    assert (last(beam_search(table, x, 2, beam=16)) == best).all()
-    given = torch.tensor([[2, 1, 2, 2]])
+    given = torch.tensor([[2, 2, 2, 2], [2, 1, 2, 2]])     # with different numbers of holes
     fits = torch.where(table.outcomes[:, 1] == 1, table.joint, 0)
-    assert (last(beam_search(table, given, 2, beam=16)) == table.outcomes[fits.argmax()]).all()
-    states = list(beam_search(table, x, 2, beam=3))
-    assert [int((state == 2).sum()) for state in states] == [6, 4, 2, 0]
+    best = table.outcomes[torch.stack([table.joint.argmax(), fits.argmax()])]
+    assert (last(beam_search(table, given, 2, beam=16, certain=1.0)) == best).all()
+    states = list(beam_search(table, given, 2, beam=3, certain=1.0))
+    left = [(state == 2).sum(dim=1).tolist() for state in states]
+    assert left == [[3, 2], [2, 1], [1, 0], [0, 0]]
+
+
+def test_tokens_that_are_certain_do_not_wait_and_others_are_branched_on():
+    """The first token is a coin; the second and the third are copies of it, and the last is 0."""
+    def coin(x):
+        p = torch.full((*x.shape, 3), 0.5)
+        p[:, 3] = torch.tensor([1 - 1e-6, 1e-6, 0])
+        for row, p_row in zip(x, p):
+            known = row[:3][row[:3] != 2]
+            if len(known):  # heads is 1 % better continued than tails
+                right = 0.996 if known[0] == 0 else 0.998
+                p_row[:3] = torch.tensor([right, 1 - right, 0])[[0, 1, 2] if known[0] == 0
+                                                                else [1, 0, 2]]
+        return p.log()
+    x = torch.full((1, 4), 2)
+    one, two = (list(beam_search(coin, x, 2, beam)) for beam in (1, 2))
+    assert [state.tolist() for state in one] == [[[2, 2, 2, 0]], [[0, 2, 2, 0]], [[0, 0, 0, 0]]]
+    assert [state.tolist() for state in two][-1] == [[1, 1, 1, 0]] and len(two) == 3
+    slow = list(beam_search(coin, x, 2, 2, certain=1.0))
+    assert slow[-1].tolist() == [[1, 1, 1, 0]] and len(slow) == 4
 
 
 def test_a_beam_of_one_is_greedy_and_a_wider_one_finds_better():
@@ -119,7 +138,7 @@ def test_a_beam_of_one_is_greedy_and_a_wider_one_finds_better():
     for seed in range(20):
         table, x = Table(T=4, V=2, seed=seed), torch.full((1, 4), 2)
         greedy = last(unmask(table, x, 2, 4, temperature=0.0, remasking="low_confidence"))
-        one, two = (last(beam_search(table, x, 2, beam)) for beam in (1, 2))
+        one, two = (last(beam_search(table, x, 2, beam, certain=1.0)) for beam in (1, 2))
         p = [table.joint[table.index(page)].item() for page in (greedy, one, two)]
         assert torch.equal(one, greedy)
         better += p[2] > p[1]

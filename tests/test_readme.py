@@ -35,7 +35,7 @@ def test_the_listings_are_the_code_s_own(start, script):
 def test_flags_that_it_names_exist():
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/*/prepare.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in scripts)
-    elsewhere = {"standalone", "nproc_per_node", "index-url"}  # of torchrun and pip
+    elsewhere = {"standalone", "nproc_per_node", "index-url", "help"}  # of torchrun, pip, argparse
     for flag in set(re.findall(r"[\s`]--([\w-]+)", README)) - elsewhere:
         assert re.search(rf'"--{flag}"|^    {flag}: ', code, re.MULTILINE), flag
 

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sudoku")
     train, val = sudoku.make_grids(400, 1), sudoku.make_grids(80, 2)
     sudoku.write_dataset(folder, sudoku.to_ids(train), sudoku.to_ids(val), sudoku.CHARS,
-                         record=91, training=dict(block_size=91))
+                         record=91, training=sudoku.TRAINING)
     return folder
 
 
@@ -117,11 +117,15 @@ def test_windows_begin_where_a_record_begins(folder, records):
     assert len(seen) > 300  # of 400
 
 
-def test_the_data_set_chooses_its_sizes(call, folder, tmp_path):
+def test_the_data_set_chooses_its_sizes(call, folder, tmp_path, monkeypatch):
+    drawn, real = [], train_script.forward_process
+    monkeypatch.setattr(train_script, "forward_process",
+                        lambda *args: drawn.append(real(*args)) or drawn[-1])
     flags = [*(f for f in TINY if "block_size" not in f), f"--data_dir={folder}", "--max_iters=2",
              "--eval_interval=2"]
     result = call(train_script, *flags, f"--save_filename={tmp_path}/x")
     assert result.code == 0 and "characters per iteration: 364" in result.out, result
+    assert len(drawn) == 2 and all(0.3 <= p <= 0.8 for _, _, p_mask in drawn for p in p_mask[:, 0])
     assert_one_line_error(call(train_script, *flags, "--block_size=90"), "--block_size=90", "91")
     few = call(train_script, *flags, "--eval_chars=91", f"--save_filename={tmp_path}/y")
     assert few.code == 0  # a window of the data set's own size

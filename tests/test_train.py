@@ -67,13 +67,14 @@ def test_forward_process_masks_with_p_mask_and_nothing_else():
     torch.testing.assert_close(neighbours, expected, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("eps", [1e-3, 0.3])
-def test_t_is_uniform_and_stratified(eps):
-    """t is read off p_mask = (1 - eps) * t + eps."""
+@pytest.mark.parametrize("eps, p_max", [(1e-3, 1.0), (0.3, 1.0), (0.3, 0.8)])
+def test_t_is_uniform_and_stratified(eps, p_max):
+    """t is read off p_mask = (p_max - eps) * t + eps."""
     g, B = seeded(), 8
-    p_mask = torch.stack([forward_process(torch.zeros(B, 1, dtype=torch.long), 1, eps, g)[2][:, 0]
+    input_ids = torch.zeros(B, 1, dtype=torch.long)
+    p_mask = torch.stack([forward_process(input_ids, 1, eps, g, p_max)[2][:, 0]
                           for _ in range(4000)])                                     # (4000, B)
-    t = (p_mask.double() - eps) / (1 - eps)
+    t = (p_mask.double() - eps) / (p_max - eps)
     assert t.min() > -1e-6 and t.max() < 1 + 1e-6
     part = (t * B).floor().long().clamp(0, B - 1)
     stratified = (part.sort(dim=1).values == torch.arange(B)).all(dim=1)
@@ -756,6 +757,8 @@ def test_ids_are_translated_to_the_checkpoint_s_vocabulary(call, train, tmp_path
     (["--learning_rate=nan"], ["--learning_rate"]),
     (["--final_lr_frac=-1"], ["--final_lr_frac"]),
     (["--ema_decay=1"], ["--ema_decay"]),
+    (["--p_max=1.5"], ["--p_max", "1.5"]),
+    (["--p_max=0.05"], ["--p_max", "--eps=0.1"]),
     (["--seed=-1"], ["--seed"]),
     (["--n_head=3"], ["n_head=3", "n_embd=16"]),
     (["--device=gpu"], ["--device=gpu"]),

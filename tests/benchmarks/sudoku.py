@@ -33,7 +33,7 @@ from model import load_checkpoint, pick_dtype, resolve_path  # noqa: E402
 
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
 SUREST = dict(remasking="low_confidence", temperature=0.0)
-BEAMS = (4, 16)
+BEAMS = (4, 16, 64)
 RULES = [  # name, unmask's arguments, cells a step (or "steps" in all)
     ("surest first", SUREST, 1),
     ("surest first", SUREST, 2),
@@ -138,14 +138,14 @@ def train_twin(args):
 
 
 def leftmost(twin):
-    """The twin as a mask predictor that is sure of nothing but the leftmost mask (in every row at
-    the same place), so that beam_search writes from left to right."""
+    """The twin as a mask predictor that is sure of nothing but the leftmost mask of each row, so
+    that beam_search writes from left to right."""
     def logits(x):
-        mask_id = twin.config.mask_id
-        i = int((x[0] == mask_id).int().argmax())
-        shifted = torch.nn.functional.pad(x[:, :i], (1, 0), value=mask_id)
+        mask_id, rows = twin.config.mask_id, torch.arange(len(x))
+        i = (x == mask_id).int().argmax(dim=1)
+        shifted = torch.nn.functional.pad(x[:, :i.max()], (1, 0), value=mask_id)
         everywhere = torch.zeros(*x.shape, mask_id + 1)
-        everywhere[:, i] = twin(shifted)[:, -1].float()
+        everywhere[rows, i] = twin(shifted)[rows, i].float()
         return everywhere
     return logits
 
@@ -185,7 +185,7 @@ def main():
     for beam in BEAMS:
         results = [solve_all(beam_search(model, to_page(quizzes), EMPTY, beam), quizzes)
                    for quizzes in sets.values()]
-        row(f"surest first, beam {beam}", 1, results)
+        row(f"surest first, beam {beam}", "1 or more", results)
     if resolve_path(args.twin).exists():
         twin, _, info = load_checkpoint(resolve_path(args.twin))
         twin.to(dtype)

@@ -22,9 +22,10 @@ import train  # noqa: E402
 from training import add_gradient, sync  # noqa: E402
 
 
-def independent(input_ids, mask_id, eps, generator):
+def independent(input_ids, mask_id, eps, generator, p_max):
     """forward_process, but with every row's t drawn on its own: each row is a batch."""
-    rows = [train.forward_process(row, mask_id, eps, generator) for row in input_ids.split(1)]
+    rows = [train.forward_process(row, mask_id, eps, generator, p_max)
+            for row in input_ids.split(1)]
     return [torch.cat(tensors) for tensors in zip(*rows)]
 
 

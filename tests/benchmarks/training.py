@@ -70,7 +70,7 @@ def add_gradient(run, net, forward_process=train.forward_process):
     generator = torch.Generator().manual_seed(train.seed_for(config.seed, run.iteration))
     batch = [train.get_batch(run.train_data, config, generator)]
     if not config.causal:
-        batch += forward_process(batch[0], mask_id, config.eps, generator)
+        batch += forward_process(batch[0], mask_id, config.eps, generator, config.p_max)
     loss_function = train.autoregressive_loss if config.causal else train.diffusion_loss
     train.accumulate_gradient(net, loss_function, batch, run)
 
