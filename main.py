@@ -39,7 +39,6 @@ DEFAULTS = dict(temperature=1.0, remasking="dilated", revise=0.3, block_length=N
 INFILL_DEFAULTS = dict(DEFAULTS, temperature=0.0, remasking="low_confidence", revise=0.0)
 TWIN_DEFAULTS = dict(temperature=0.8)
 LARGEST = 10_000_000        # tokens of all pages together
-RECORD_BEAM = 16            # --beam for Sudoku and its like, where one wrong guess spoils the rest
 ENOUGH_STEPS = 32           # forward passes for a window of the model's block_size
 
 
@@ -198,40 +197,6 @@ def schedule(masked, steps, block_length, revise):
 
 
 @torch.no_grad()
-def beam_search(model, x, mask_id, beam, certain=0.99):
-    """Fill holes surest first, but keep several texts instead of one: those whose tokens so far are
-    together the most probable, beam of them. (By the chain rule of probability, the
-    log-probabilities of a text's tokens add up to its own, in whatever order they are written.)
-    In a forward pass, each text gets all tokens that are more probable than certain. A text that
-    has none of them branches: its surest hole is filled with every possible token.
-    x (B, T) long, as in unmask. An iterator: yields the best (B, T) state after every pass. With
-    beam=1 and certain=1, what unmask does with low_confidence at temperature 0, one token a pass"""
-    x = x[:, None].repeat(1, beam, 1)                                     # (B, beam, T)
-    score = torch.full(x.shape[:2], -torch.inf, dtype=torch.float64, device=x.device)
-    score[:, 0] = 0.0                                                     # one text to begin with
-    while (holes := (x == mask_id) & score.isfinite()[..., None]).any():  # (B, beam, T), M of them
-        unfinished = holes.any(dim=-1)                                    # (B, beam)
-        log_p = predict(model, x[unfinished], None, mask_id, 0).log_softmax(dim=-1)    # (M, V)
-        best_p, best = log_p.max(dim=-1)                                  # (M,)
-        sureness = torch.full(x.shape, -torch.inf, dtype=torch.float64, device=x.device)
-        sureness = sureness.masked_scatter(holes, best_p)                 # (B, beam, T)
-        written = sureness > math.log(certain)
-        x = torch.where(written, x.masked_scatter(holes, best), x)
-        score = score + sureness.where(written, 0.0).sum(dim=-1)
-
-        surest = sureness.argmax(dim=-1, keepdim=True)                    # (B, beam, 1)
-        row = (holes.flatten().cumsum(0) - 1).view(x.shape).gather(2, surest)[..., 0]
-        branching = unfinished & ~written.any(dim=-1)
-        as_it_is = torch.arange(mask_id, device=x.device) == x.gather(2, surest)
-        as_it_is = torch.where(as_it_is, 0.0, -torch.inf)                 # (B, beam, V)
-        branches = torch.where(branching[..., None], log_p[row], as_it_is)
-        score, chosen = (score[..., None] + branches).flatten(1).topk(beam)   # (B, beam), sorted
-        parent, token = (chosen // mask_id)[..., None], (chosen % mask_id)[..., None]
-        x = x.gather(1, parent.expand_as(x)).scatter(2, surest.gather(1, parent), token)
-        yield x[:, 0]
-
-
-@torch.no_grad()
 def left_to_right(model, x, mask_id, temperature=1.0, generator=None):
     """The twin's counterpart of unmask: one token per forward pass, each given those to its left,
     with a key/value cache. x (B, T) long holds a prompt, equally long in each row, and then
@@ -376,9 +341,6 @@ def parse_args():
         help="finish this many tokens before the next ones (default: no blocks)")
     add("--cfg_scale", type=float,
         help="classifier-free guidance towards the given text; 0 disables it (default: 0)")
-    add("--beam", type=int, help="with --infill: write the surest token first, one per pass, and "
-                                 "keep this many of the likeliest texts, not one (default: 1; for "
-                                 "Sudoku 16)")
     add = parser.add_argument_group("watching").add_argument
     add("--animate", action="store_true",
         help="show the first page in the terminal while it is written (default: off)")
@@ -446,35 +408,26 @@ def make_page(args, chars, mask_id, block_size, record):
     return ids + [mask_id] * gen_length, hidden
 
 
-def make_sampler(args, model, generator, windows, record):
+def make_sampler(args, model, generator, windows):
     """-> fill and steps, for generate_pages."""
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     config, steps = model.config, args.steps
     if config.causal:
-        for flag in ("infill", "steps", "beam", *chosen):
+        for flag in ("infill", "steps", *chosen):
             check(getattr(args, flag) is None or flag == "temperature",
                   f"--{flag} is for diffusion; {args.path} is causal and writes from left to right")
         settings = dict(TWIN_DEFAULTS, **chosen, generator=generator)
         return (lambda x, _: left_to_right(model, x, config.mask_id, **settings),
                 share_steps(windows, None, config.block_size))
     infill = args.infill is not None
-
-    def predictor(idx):  # the sampler's float64 stays off mps, which has none
-        return model(idx.to(model.wte.weight.device)).to(idx.device)
-    if args.beam is not None:
-        check(infill, "--beam is for --infill")
-        check(steps is None and not chosen, "--beam goes with none of --steps, --"
-              + ", --".join(DEFAULTS))
-        check(1 <= args.beam <= 1000, f"--beam must be in 1 to 1000, not {args.beam}")
-    beam = args.beam or (RECORD_BEAM if record > 1 else 1)
-    if infill and beam > 1 and steps is None and not chosen:
-        return (lambda x, _: beam_search(predictor, x, config.mask_id, beam),
-                share_steps(windows, None, config.block_size))
     settings = {**(INFILL_DEFAULTS if infill else DEFAULTS), **chosen, "generator": generator}
     check(steps is None or steps >= 1, f"--steps must be at least 1, not {steps}")
     steps = share_steps(windows, steps, config.block_size if infill else ENOUGH_STEPS)
     if not settings["revise"]:
         steps = [min(n, n_masks) for n, (*_, n_masks) in zip(steps, windows)]
+
+    def predictor(idx):  # the sampler's float64 stays off mps, which has none
+        return model(idx.to(model.wte.weight.device)).to(idx.device)
 
     def fill(x, window_steps):
         return unmask(predictor, x, config.mask_id, window_steps, **settings)
@@ -500,7 +453,7 @@ def generate(args):
     seeds = [int(torch.randint(2**63 - 1, (), generator=stream)) for _ in range(args.num_samples)]
     generator = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     windows = page_windows(x[0] == mask_id, block_size)
-    fill, window_steps = make_sampler(args, model, generator, windows, record)
+    fill, window_steps = make_sampler(args, model, generator, windows)
     steps = sum(window_steps)
 
     page, passes, animate = x[:, hidden:], 0, args.animate and sys.stdout.isatty()

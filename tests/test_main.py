@@ -21,7 +21,6 @@ from conftest import (
 
 from main import (
     REMASKING,
-    beam_search,
     frame,
     generate_pages,
     page_windows,
@@ -97,53 +96,6 @@ def test_temperature_zero_is_argmax():
     x = torch.full((50, 3), M)
     greedy = last(unmask(table, x, M, steps=1, temperature=0, generator=seeded()))
     assert (greedy == table(torch.full((1, 3), M))[0, :, :2].argmax(-1)).all()
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_wide_beam_finds_the_most_probable_text(seed):
-    """Of a model that is exact, the log-probabilities of a text's tokens add up to the text's own,
-    in any order; a beam as wide as there are texts loses none."""
-    table = Table(T=4, V=2, seed=seed)
-    given = torch.tensor([[2, 2, 2, 2], [2, 1, 2, 2]])     # with different numbers of holes
-    fits = torch.where(table.outcomes[:, 1] == 1, table.joint, 0)
-    best = table.outcomes[torch.stack([table.joint.argmax(), fits.argmax()])]
-    assert (last(beam_search(table, given, 2, beam=16, certain=1.0)) == best).all()
-    states = list(beam_search(table, given, 2, beam=3, certain=1.0))
-    left = [(state == 2).sum(dim=1).tolist() for state in states]
-    assert left == [[3, 2], [2, 1], [1, 0], [0, 0]]
-
-
-def test_tokens_that_are_certain_do_not_wait_and_others_are_branched_on():
-    """The first token is a coin; the second and the third are copies of it, and the last is 0."""
-    def coin(x):
-        p = torch.full((*x.shape, 3), 0.5)
-        p[:, 3] = torch.tensor([1 - 1e-6, 1e-6, 0])
-        for row, p_row in zip(x, p):
-            known = row[:3][row[:3] != 2]
-            if len(known):  # heads is 1 % better continued than tails
-                right = 0.996 if known[0] == 0 else 0.998
-                p_row[:3] = torch.tensor([right, 1 - right, 0])[[0, 1, 2] if known[0] == 0
-                                                                else [1, 0, 2]]
-        return p.log()
-    x = torch.full((1, 4), 2)
-    one, two = (list(beam_search(coin, x, 2, beam)) for beam in (1, 2))
-    assert [state.tolist() for state in one] == [[[2, 2, 2, 0]], [[0, 2, 2, 0]], [[0, 0, 0, 0]]]
-    assert [state.tolist() for state in two][-1] == [[1, 1, 1, 0]] and len(two) == 3
-    slow = list(beam_search(coin, x, 2, 2, certain=1.0))
-    assert slow[-1].tolist() == [[1, 1, 1, 0]] and len(slow) == 4
-
-
-def test_a_beam_of_one_is_greedy_and_a_wider_one_finds_better():
-    better = 0
-    for seed in range(20):
-        table, x = Table(T=4, V=2, seed=seed), torch.full((1, 4), 2)
-        greedy = last(unmask(table, x, 2, 4, temperature=0.0, remasking="low_confidence"))
-        one, two = (last(beam_search(table, x, 2, beam, certain=1.0)) for beam in (1, 2))
-        p = [table.joint[table.index(page)].item() for page in (greedy, one, two)]
-        assert torch.equal(one, greedy)
-        better += p[2] > p[1]
-        assert p[2] >= 0.9 * p[1]
-    assert better >= 3
 
 
 def test_gumbel_noise_is_float64(monkeypatch):
@@ -853,10 +805,6 @@ def test_animate_leaves_the_terminal_as_it_was(checkpoint, interrupt):
     (["--infill=h_", "--mask_char="], ["--mask_char"]),
     (["--infill=h_", "--mask_char=__"], ["--mask_char"]),
     ([f"--infill={ROOT / 'pretrained_gpt_last.pt'}"], ["pretrained_gpt_last.pt", "UTF-8"]),
-    (["--beam=2"], ["--beam", "--infill"]),
-    (["--infill=a_", "--beam=0"], ["--beam", "not 0"]),
-    (["--infill=a_", "--beam=2", "--temperature=1"], ["--beam", "--temperature"]),
-    (["--infill=a_", "--beam=2", "--steps=1"], ["--beam", "--steps"]),
     (["--revise=2"], ["revise"]),
     (["--remask=0.3"], ["--remask"]),
     (["--html=/nowhere/run.html"], ["--html", "/nowhere/run.html"]),
@@ -898,8 +846,7 @@ def test_help_is_grouped_and_shows_every_default(sample):
     flags = {name: set(groups[name]) for name in ("page", "sampler", "watching", "device")}
     assert flags == {
         "page": {"path", "prompt", "gen_length", "infill", "mask_char", "num_samples", "seed"},
-        "sampler": {"steps", "temperature", "revise", "remasking", "block_length", "cfg_scale",
-                    "beam"},
+        "sampler": {"steps", "temperature", "revise", "remasking", "block_length", "cfg_scale"},
         "watching": {"animate", "html"},
         "device": {"device", "dtype"},
     }

@@ -176,9 +176,8 @@ def test_surest_first_solves_through_infill(call, solver, tmp_path, hole):
     path = tmp_path / "puzzle.txt"
     path.write_text(puzzle.replace("_", hole))
     flags = (f"--infill={path}", "--device=cpu", "--dtype=float32")
-    for how in ([], ["--beam=1"]):
-        result = call(main_script, *flags, *how)
-        assert result.code == 0 and solves(result.out, puzzle), result
+    result = call(main_script, *flags)
+    assert result.code == 0 and solves(result.out, puzzle), result
     assert not all(solves(call(main_script, *flags, "--remasking=random", f"--seed={seed}").out,
                           puzzle) for seed in range(8))
 
@@ -190,17 +189,6 @@ def solves(grid, puzzle):
     units = [*rows, *map("".join, zip(*rows)), *boxes]
     return (all(sorted(unit) == list("1234") for unit in units)
             and all(given in ("_", digit) for given, digit in zip(puzzle, grid)))
-
-
-def test_sudoku_is_solved_with_a_beam(call, solver, monkeypatch, tmp_path):
-    """Unless another way of filling the holes is asked for."""
-    beams, real = [], main_script.beam_search
-    monkeypatch.setattr(main_script, "beam_search",
-                        lambda *args: beams.append(args[-1]) or real(*args))
-    (tmp_path / "puzzle.txt").write_text("12__\n__1_\n_1__\n__21\n")
-    for flags in ([], ["--beam=3"], ["--beam=1"], ["--temperature=0"], ["--steps=2"]):
-        assert call(main_script, f"--infill={tmp_path}/puzzle.txt", *flags).code == 0
-    assert beams == [16, 3]
 
 
 @pytest.mark.parametrize("puzzle, words", [

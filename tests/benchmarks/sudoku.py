@@ -28,12 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data" / "sudoku")]
 import prepare  # noqa: E402
 from claims import seconds_per_iteration  # noqa: E402
 from common import write_dataset  # noqa: E402
-from main import beam_search, unmask  # noqa: E402
+from main import left_to_right, unmask  # noqa: E402
 from model import load_checkpoint, pick_dtype, resolve_path  # noqa: E402
 
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
 SUREST = dict(remasking="low_confidence", temperature=0.0)
-BEAMS = (4, 16, 64)
 RULES = [  # name, unmask's arguments, cells a step (or "steps" in all)
     ("surest first", SUREST, 1),
     ("surest first", SUREST, 2),
@@ -111,21 +110,20 @@ def row(name, passes, results):
 
 def train_twin(args):
     """As long as the mask predictor was trained, by what an iteration of each takes now, with the
-    same flags, on lines of a puzzle and its solution. Four puzzles of every grid, 17 to 80
-    givens."""
+    same flags, on lines of a puzzle and its solution. Four puzzles of every grid; their empty cells
+    are the same shares of it as in training the mask predictor."""
     _, _, info = load_checkpoint(resolve_path(args.model))
-    rng, parts = np.random.default_rng(0), []
+    config, rng, parts = info["hyperparameters"], np.random.default_rng(0), []
     for split in ("train", "val"):
         grids = held(split)
         grids = np.repeat(grids, 4 if split == "train" else 1, axis=0)
         hidden = rng.random(grids.shape).reshape(len(grids), 81).argsort(axis=1).argsort(axis=1)
-        givens = rng.integers(17, 81, len(grids))[:, None, None]
-        quizzes = np.where(hidden.reshape(grids.shape) < givens, grids, EMPTY)
+        empty = 81 * rng.uniform(config["eps"], config["p_max"], len(grids))[:, None, None]
+        quizzes = np.where(hidden.reshape(grids.shape) < empty, EMPTY, grids)
         parts.append(np.concatenate([prepare.to_ids(z).reshape(len(z), -1)
                                      for z in (quizzes, grids)], axis=1).ravel())
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder), *parts, [*prepare.CHARS, "."], record=2 * prepare.RECORD)
-        config = info["hyperparameters"]
         flags = [f"--{name}={config[name]}" for name in ("n_layer", "n_head", "n_embd", "rope",
                  "batch_size", "muon_lr", "learning_rate")]
         twin_flags = [*flags, f"--block_size={2 * prepare.RECORD}", f"--data_dir={folder}",
@@ -135,19 +133,6 @@ def train_twin(args):
         subprocess.run([sys.executable, str(ROOT / "train.py"), f"--save_filename={args.twin}",
                         *twin_flags, f"--max_iters={iterations}",
                         f"--eval_interval={-(-iterations // 4)}"], check=True)
-
-
-def leftmost(twin):
-    """The twin as a mask predictor that is sure of nothing but the leftmost mask of each row, so
-    that beam_search writes from left to right."""
-    def logits(x):
-        mask_id, rows = twin.config.mask_id, torch.arange(len(x))
-        i = (x == mask_id).int().argmax(dim=1)
-        shifted = torch.nn.functional.pad(x[:, :i.max()], (1, 0), value=mask_id)
-        everywhere = torch.zeros(*x.shape, mask_id + 1)
-        everywhere[rows, i] = twin(shifted)[rows, i].float()
-        return everywhere
-    return logits
 
 
 def held(split):
@@ -182,21 +167,16 @@ def main():
                             generator=torch.Generator().manual_seed(0))
             results.append(solve_all(states, quizzes))
         row(name, per_step or "", results)
-    for beam in BEAMS:
-        results = [solve_all(beam_search(model, to_page(quizzes), EMPTY, beam), quizzes)
-                   for quizzes in sets.values()]
-        row(f"surest first, beam {beam}", "1 or more", results)
     if resolve_path(args.twin).exists():
         twin, _, info = load_checkpoint(resolve_path(args.twin))
         twin.to(dtype)
-        for beam in (1, 16):
-            results = []
-            for quizzes in sets.values():
-                prompt = to_page(quizzes)
-                x = torch.cat([prompt, torch.full_like(prompt, 11)], dim=1)
-                states = beam_search(leftmost(twin), x, 11, beam)
-                results.append(solve_all((state[:, 91:] for state in states), quizzes))
-            row(f"the twin, left to right, beam {beam} ({info['minutes']:.1f} minutes)", 1, results)
+        results = []
+        for quizzes in sets.values():
+            prompt = to_page(quizzes)
+            x = torch.cat([prompt, torch.full_like(prompt, twin.config.mask_id)], dim=1)
+            states = left_to_right(twin, x, twin.config.mask_id, temperature=0.0)
+            results.append(solve_all((state[:, prepare.RECORD:] for state in states), quizzes))
+        row(f"the twin, left to right, greedy ({info['minutes']:.1f} minutes)", 1, results)
 
 
 if __name__ == "__main__":
