@@ -157,8 +157,8 @@ def token_losses(model, idx, targets, mask_id):
 
 def diffusion_loss(model, mask_id, input_ids, noisy_batch, masked_indices, p_mask):
     """LLaDA's eq. 3 per token: the cross-entropy of the masked tokens, each divided by p_mask, over
-    B * T. Its expectation is an upper bound on -log p(x_0), except for the small t that eps cuts
-    off. A scalar, in nats per token; the tensors are (B, T)."""
+    B * T. Its expectation is an upper bound on -log p(x_0), except for the shares of masks that eps
+    and p_max cut off. A scalar, in nats per token; the tensors are (B, T)."""
     losses = token_losses(model, noisy_batch, input_ids, mask_id)
     return (losses * masked_indices / p_mask).sum() / input_ids.numel()
 
