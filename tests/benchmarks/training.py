@@ -1,5 +1,5 @@
 """
-How fast does train.py train, beside a plain float32 loop and beside this machine's own
+How fast does train.py train, beside nanoGPT's loop, a plain float32 loop, and this machine's own
 matrix-product rate?
 
     python tests/benchmarks/training.py                # 6 x 384, 16 windows of 256: nanoGPT's size
@@ -8,7 +8,8 @@ matrix-product rate?
 All sides in one run, in turns, on random text: the iteration that train.py makes (its dtype,
 attention, optimizers and EMA), the same with AdamW alone, and the loop that one would write first:
 the same network in float32, PyTorch's defaults, AdamW, each batch cut from a memory map window by
-window, the loss read at every iteration. FLOPs are counted as PaLM does (arXiv 2204.02311, appendix
+window, the loss read at every iteration. On a GPU also a loop like nanoGPT's: train.py's dtype and
+compilation, fused AdamW, batches through pinned memory, the loss left on the device. FLOPs are counted as PaLM does (arXiv 2204.02311, appendix
 B): 6 per parameter and character, and 12 * n_layer * n_embd * T per character for attention. At the
 end a profile says where the time goes.
 """
@@ -21,6 +22,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -101,22 +103,30 @@ def measure(run):
     flops = B * T * (6 * n + 12 * config.n_layer * config.n_embd * T)
     net = torch.compile(model) if config.compile else model
     plain_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    fused_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     adamw = train.make_optimizers(model, dataclasses.replace(config, muon=False))
     adamw_run = dataclasses.replace(run, optimizers=adamw)
     a = torch.randn(B * T, config.n_embd, device=device, dtype=run.dtype)
     b = torch.randn(config.n_embd, 4 * config.n_embd, device=device, dtype=run.dtype)
 
-    def plain_step():
+    def own_loop(net, optimizer, autocast, move):
         data = np.memmap(Path(config.data_dir) / "train.bin", dtype=np.uint16, mode="r")
         input_ids = torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64))
                                  for i in torch.randint(len(data) - T, (B,))])
         batch = [input_ids, *train.forward_process(input_ids, mask_id)]
-        loss = train.diffusion_loss(model, mask_id, *(tensor.to(device) for tensor in batch))
+        with autocast:
+            loss = train.diffusion_loss(net, mask_id, *(move(tensor) for tensor in batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        plain_optimizer.step()
-        plain_optimizer.zero_grad()
-        loss.item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def plain_step():
+        own_loop(model, plain_optimizer, nullcontext(), lambda z: z.to(device)).item()
+
+    def nanogpt_step():
+        own_loop(net, fused_optimizer, run.autocast, lambda z: train.to_device(z, device))
 
     def gradient():
         add_gradient(run, net)
@@ -126,6 +136,7 @@ def measure(run):
         train.update_weights(run)
 
     sides = {"a plain float32 loop": plain_step,
+             **({"a loop like nanoGPT's": nanogpt_step} if device.type == "cuda" else {}),
              "train.py --muon=False": lambda: iteration(adamw_run),
              "train.py": lambda: iteration(run),
              "its forward and backward": gradient,
