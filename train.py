@@ -193,7 +193,10 @@ def train(run):
             if not config.causal:
                 batch += forward_process(batch[0], mask_id, config.eps, generator, config.p_max)
             set_learning_rates(run)
-            new_losses.append(accumulate_gradient(net, loss_function, batch, run))
+            # a window of a rare length is not worth a compilation, which takes longer than all else
+            eager = config.compile and batch[0].shape[1] < config.block_size
+            with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+                new_losses.append(accumulate_gradient(net, loss_function, batch, run))
             update_weights(run)
             run.iteration += 1
             bar.update()
@@ -274,7 +277,7 @@ def accumulate_gradient(net, loss_function, batch, run):
 
 def to_device(tensor, device):
     if device.type == "cuda":  # from pinned memory, a copy does not wait for the GPU
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()  # p_mask is one column, expanded
     return tensor.to(device, non_blocking=True)
 
 

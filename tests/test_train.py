@@ -1,4 +1,5 @@
 import csv
+import functools
 import itertools
 import math
 import os
@@ -279,6 +280,17 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(data_dir, causal):
     parameters = list(model.parameters())
     torch.testing.assert_close(tuple(p.grad for p in parameters),
                                torch.autograd.grad(whole, parameters))
+
+
+def test_what_goes_to_a_gpu_can_be_pinned(monkeypatch):
+    """pin_memory refuses a tensor of which two elements share their memory, as p_mask's do."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: self)
+    batch = forward_process(torch.zeros(4, 8, dtype=torch.long), 9, generator=seeded())
+    for tensor in batch:
+        assert train_script.to_device(tensor, torch.device("cuda")).equal(tensor)
+    assert [tensor.stride() for tensor in pinned] == [(8, 1)] * 3
 
 
 @pytest.mark.parametrize("muon", [True, False])
@@ -702,6 +714,21 @@ def test_variables_of_torchrun_that_make_no_sense(tmp_path, env):
                             env={**os.environ, **env}, capture_output=True)
     word = "nowhere" if env == {"WORLD_SIZE": ""} else "RANK"
     assert_one_line_error(SimpleNamespace(code=result.returncode, err=result.stderr), word)
+
+
+def test_compile_compiles_once(train, tmp_path, monkeypatch):
+    """Whatever the lengths of the windows: each compilation takes long."""
+    lengths, compiled, get_batch = iter([3, 16, 5, 16, 7, 1]), [], train_script.get_batch
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(train_script, "get_batch",
+                        lambda *args: get_batch(*args)[:, :next(lengths)])
+    assert train("--compile", "--max_iters=6", f"--save_filename={tmp_path}/x").code == 0
+    assert len(compiled) == 1
 
 
 def test_compile_that_does_not_work_here(train, tmp_path, monkeypatch):
