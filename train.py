@@ -46,6 +46,7 @@ from tqdm import tqdm
 from model import (GPT, GPTConfig, check, fail, load_checkpoint, one_line_errors, open_streams,
                    parse, pick_device, pick_dtype, read_file, resolve_path, save_checkpoint,
                    stop_signals, write_atomically, write_file)
+from muon import Muon
 from tokenizer import decode, encode
 
 # torchrun says which of the run's processes this is, over all machines and on this one
@@ -298,8 +299,7 @@ def update_weights(run):
 
 
 def make_optimizers(model, config):
-    """Muon (K. Jordan et al., 2024: a momentum step with its singular values set to one) for the
-    blocks' matrices, AdamW for the rest."""
+    """Muon for the blocks' matrices, AdamW for the rest."""
     blocks = [p for p in model.h.parameters() if p.ndim == 2]
     embeddings = [p for name, p in model.named_parameters() if p.ndim == 2 and name[:2] != "h."]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -309,9 +309,7 @@ def make_optimizers(model, config):
     optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True,
                                     betas=(config.beta1, config.beta2))]
     if config.muon:
-        optimizers.append(torch.optim.Muon(blocks, lr=config.muon_lr,
-                                           weight_decay=config.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(blocks, lr=config.muon_lr, weight_decay=config.weight_decay))
     for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
         group["peak_lr"] = group["lr"]
     return optimizers

@@ -1,3 +1,4 @@
+import copy
 import csv
 import functools
 import itertools
@@ -27,6 +28,7 @@ from conftest import (
 
 import train as train_script
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from muon import Muon, orthogonalize
 from train import (
     TrainConfig,
     diffusion_loss,
@@ -305,6 +307,34 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(muon, rope):
         assert all((p.ndim == 2) == (group["weight_decay"] > 0) for p in group["params"])
 
 
+def test_muon_computes_what_pytorch_s_does():
+    """Which takes the matrices one by one."""
+    shapes = [(96, 32), (32, 32), (128, 32), (32, 128), (96, 32), (32, 32)]
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
+    how = dict(lr=0.1, weight_decay=0.2)
+    optimizers = (Muon(ours, **how),
+                  torch.optim.Muon(theirs, **how, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = q.grad = torch.randn_like(p)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_orthogonalize_keeps_the_singular_vectors():
+    u, v = (torch.linalg.qr(torch.randn(3, n, 30, generator=seeded()))[0] for n in (40, 30))
+    x = u @ torch.diag(torch.linspace(0.2, 5, 30)) @ v.mT
+    for matrices in (x, x.mT):  # tall, wide
+        new = orthogonalize(matrices).float()
+        s = torch.linalg.svdvals(new)
+        assert ((s > 0.65) & (s < 1.2)).all()
+        product = new @ matrices.mT  # symmetric if the singular vectors are the same
+        assert (product - product.mT).norm() < 0.02 * product.norm()
+
+
 def test_learning_rate_warms_up_and_decays():
     config = TrainConfig(max_iters=100, warmup_iters=10, final_lr_frac=0.1)
     optimizers = [SimpleNamespace(param_groups=[dict(lr=0.0, peak_lr=1.0), dict(lr=0.0, peak_lr=3)])
@@ -444,7 +474,7 @@ def test_the_line_that_is_shown_is_the_one_that_trains(run, tmp_path, data_dir):
     for name, changed in (("same", code), ("again", code), ("squared", code.replace(*COPY))):
         folder = tmp_path / name
         folder.mkdir()
-        for script in ("model.py", "tokenizer.py"):
+        for script in ("model.py", "muon.py", "tokenizer.py"):
             shutil.copy(ROOT / script, folder)
         (folder / "train.py").write_text(changed, encoding="utf-8")
         result = run("train.py", *TINY, f"--data_dir={data_dir}", "--max_iters=6",

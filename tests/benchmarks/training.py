@@ -9,9 +9,10 @@ All sides in one run, in turns, on random text: the iteration that train.py make
 attention, optimizers and EMA), the same with AdamW alone, and the loop that one would write first:
 the same network in float32, PyTorch's defaults, AdamW, each batch cut from a memory map window by
 window, the loss read at every iteration. On a GPU also a loop like nanoGPT's: train.py's dtype and
-compilation, fused AdamW, batches through pinned memory, the loss left on the device. FLOPs are counted as PaLM does (arXiv 2204.02311, appendix
-B): 6 per parameter and character, and 12 * n_layer * n_embd * T per character for attention. At the
-end a profile says where the time goes.
+compilation, fused AdamW, batches through pinned memory, the loss left on the device. FLOPs are
+counted as PaLM does (arXiv 2204.02311, appendix B): 6 per parameter and character, and
+12 * n_layer * n_embd * T per character for attention. At the end a profile says where the time goes
+on a CPU.
 """
 
 import dataclasses

@@ -1,0 +1,51 @@
+"""
+Muon, the optimizer of the blocks' matrices (K. Jordan et al., 2024).
+
+In the gradient of a matrix, a few directions with large singular values drown all others, which may
+matter as much. Muon makes a step with momentum, and sets all of its singular values to about one.
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), number for number, but the matrices of one
+    shape, of all layers, are multiplied together: for a GPU, hundreds of small products are the
+    larger part of an iteration."""
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum, of_shape = group["lr"], group["momentum"], defaultdict(list)
+            for p in group["params"]:
+                of_shape[p.shape].append(p)
+            for shape, matrices in of_shape.items():
+                gradient = torch.stack([p.grad for p in matrices])                 # (N, m, n)
+                state = self.state[matrices[0]]
+                if not state:
+                    state["average"] = torch.zeros_like(gradient)
+                average = state["average"].lerp_(gradient, 1 - momentum)
+                steps = orthogonalize(gradient.lerp(average, momentum))            # Nesterov's
+                size = 0.2 * math.sqrt(max(shape))  # that of AdamW's steps (arXiv 2502.16982)
+                for p, step in zip(matrices, steps):
+                    p.mul_(1 - lr * group["weight_decay"]).add_(step, alpha=-lr * size)
+
+
+def orthogonalize(matrices):
+    """matrices (N, m, n) -> the same singular vectors, with all singular values near one: five
+    steps of a Newton-Schulz iteration, x <- a x + b (x x^T) x + c (x x^T)^2 x, in bfloat16."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above one
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
