@@ -2,7 +2,8 @@
 Muon, the optimizer of the blocks' matrices (K. Jordan et al., 2024).
 
 In the gradient of a matrix, a few directions with large singular values drown all others, which may
-matter as much. Muon makes a step with momentum, and sets all of its singular values to about one.
+matter as much. Muon averages gradients (momentum), and then brings all singular values of the
+average near one: that is its step.
 """
 
 import math
@@ -12,9 +13,8 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), number for number, but the matrices of one
-    shape, of all layers, are multiplied together: for a GPU, hundreds of small products are the
-    larger part of an iteration."""
+    """Computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, but for all matrices of
+    one shape in one batch: one by one, they take a GPU more than a third of an iteration."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -28,18 +28,20 @@ class Muon(torch.optim.Optimizer):
             for shape, matrices in of_shape.items():
                 gradient = torch.stack([p.grad for p in matrices])                 # (N, m, n)
                 state = self.state[matrices[0]]
-                if not state:
+                if "average" not in state:
                     state["average"] = torch.zeros_like(gradient)
                 average = state["average"].lerp_(gradient, 1 - momentum)
-                steps = orthogonalize(gradient.lerp(average, momentum))            # Nesterov's
-                size = 0.2 * math.sqrt(max(shape))  # that of AdamW's steps (arXiv 2502.16982)
+                steps = orthogonalize(gradient.lerp(average, momentum))    # Nesterov momentum
+                # of root mean square 0.2, as AdamW's steps are (arXiv 2502.16982, sec. 2.2)
+                size = 0.2 * math.sqrt(max(shape))
                 for p, step in zip(matrices, steps):
                     p.mul_(1 - lr * group["weight_decay"]).add_(step, alpha=-lr * size)
 
 
 def orthogonalize(matrices):
-    """matrices (N, m, n) -> the same singular vectors, with all singular values near one: five
-    steps of a Newton-Schulz iteration, x <- a x + b (x x^T) x + c (x x^T)^2 x, in bfloat16."""
+    """matrices (N, m, n) -> the same singular vectors, with singular values of 0.7 to 1.2, but for
+    those that were nearly zero. Five steps of a Newton-Schulz iteration, x <- a x + b (x x^T) x
+    + c (x x^T)^2 x, in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).bfloat16()
