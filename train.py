@@ -194,7 +194,7 @@ def train(run):
             if not config.causal:
                 batch += forward_process(batch[0], mask_id, config.eps, generator, config.p_max)
             set_learning_rates(run)
-            # a window of a rare length is not worth a compilation, which takes longer than all else
+            # a window of a rare length is not worth a compilation of its own
             eager = config.compile and batch[0].shape[1] < config.block_size
             with torch.compiler.set_stance("force_eager") if eager else nullcontext():
                 new_losses.append(accumulate_gradient(net, loss_function, batch, run))
