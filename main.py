@@ -38,6 +38,7 @@ REMASKING = ("random", "dilated", "low_confidence")
 DEFAULTS = dict(temperature=1.0, remasking="dilated", revise=0.3, block_length=None, cfg_scale=0.0)
 INFILL_DEFAULTS = dict(DEFAULTS, temperature=0.0, remasking="low_confidence", revise=0.0)
 TWIN_DEFAULTS = dict(temperature=0.8)
+PUZZLE_TRIES = 16           # for --infill, of a model of records
 LARGEST = 10_000_000        # tokens of all pages together
 ENOUGH_STEPS = 32           # forward passes for a window of the model's block_size
 
@@ -196,6 +197,42 @@ def schedule(masked, steps, block_length, revise):
     return [(again, count) for again, count in passes if count.any()]
 
 
+def unmask_until_sure(model, x, mask_id, steps, tries, temperature=0.0, sure=0.999, **settings):
+    """unmask, for puzzles: there, all that is right is certain. So if the model is not sure of a
+    row that it has filled, by certainty, one of its guesses was wrong: the row is masked again and
+    filled anew, with guesses at temperature 3, at most tries times. The surest try is the answer.
+    Otherwise like unmask, which takes the settings."""
+    masked = x == mask_id                                                 # (B, T)
+    best, surest = x, torch.full((len(x),), -1.0, dtype=torch.float64, device=x.device)
+    for attempt in range(tries):
+        doubtful = surest < sure                                          # (B,)
+        if not doubtful.any():
+            break
+        if attempt:
+            x = torch.where(masked & doubtful[:, None], mask_id, best)
+            yield x
+            temperature = 3.0
+        for x in unmask(model, x, mask_id, steps, temperature, **settings):
+            yield x
+        found = certainty(model, x, masked, mask_id)                      # (B,)
+        best = torch.where((found > surest)[:, None], x, best)
+        surest = torch.maximum(found, surest)
+    yield best
+
+
+@torch.no_grad()
+def certainty(model, x, written, mask_id):
+    """How sure the model is of what was written, (B, T) bool, in each row of x (B, T) long: mask a
+    quarter of it at a time, and take the least probability that any token has when it is masked.
+    -> (B,) float64, 1 if nothing was written."""
+    p = torch.ones(x.shape, dtype=torch.float64, device=x.device)
+    for quarter in range(4):
+        masked = written & (written.cumsum(dim=1) % 4 == quarter)
+        logits = predict(model, torch.where(masked, mask_id, x), ~masked, mask_id, cfg_scale=0)
+        p[masked] = logits.softmax(dim=-1).gather(-1, x[masked][:, None])[:, 0]
+    return p.amin(dim=1)
+
+
 @torch.no_grad()
 def left_to_right(model, x, mask_id, temperature=1.0, generator=None):
     """The twin's counterpart of unmask: one token per forward pass, each given those to its left,
@@ -337,6 +374,9 @@ def parse_args():
                                      "(default: 0.3)")
     add("--remasking", choices=REMASKING, help="which predictions a step keeps: random, spread "
                                                "apart, or most confident (default: dilated)")
+    add("--tries", type=int, help="--infill: fill all holes again, up to so many times in all, until "
+                                  "the model is sure of every token (default: 1; of puzzles "
+                                  f"{PUZZLE_TRIES})")
     add("--block_length", type=int,
         help="finish this many tokens before the next ones (default: no blocks)")
     add("--cfg_scale", type=float,
@@ -408,12 +448,12 @@ def make_page(args, chars, mask_id, block_size, record):
     return ids + [mask_id] * gen_length, hidden
 
 
-def make_sampler(args, model, generator, windows):
+def make_sampler(args, model, generator, windows, record):
     """-> fill and steps, for generate_pages."""
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     config, steps = model.config, args.steps
     if config.causal:
-        for flag in ("infill", "steps", *chosen):
+        for flag in ("infill", "steps", "tries", *chosen):
             check(getattr(args, flag) is None or flag == "temperature",
                   f"--{flag} is for diffusion; {args.path} is causal and writes from left to right")
         settings = dict(TWIN_DEFAULTS, **chosen, generator=generator)
@@ -423,6 +463,9 @@ def make_sampler(args, model, generator, windows):
     settings = {**(INFILL_DEFAULTS if infill else DEFAULTS), **chosen, "generator": generator}
     check(steps is None or steps >= 1, f"--steps must be at least 1, not {steps}")
     steps = share_steps(windows, steps, config.block_size if infill else ENOUGH_STEPS)
+    check(args.tries is None or infill and args.tries >= 1,
+          f"--tries must be at least 1, and goes with --infill, not {args.tries}")
+    tries = args.tries or (PUZZLE_TRIES if infill and record > 1 else 1)
     if not settings["revise"]:
         steps = [min(n, n_masks) for n, (*_, n_masks) in zip(steps, windows)]
 
@@ -430,7 +473,9 @@ def make_sampler(args, model, generator, windows):
         return model(idx.to(model.wte.weight.device)).to(idx.device)
 
     def fill(x, window_steps):
-        return unmask(predictor, x, config.mask_id, window_steps, **settings)
+        if tries == 1:
+            return unmask(predictor, x, config.mask_id, window_steps, **settings)
+        return unmask_until_sure(predictor, x, config.mask_id, window_steps, tries, **settings)
     return fill, steps
 
 
@@ -453,7 +498,7 @@ def generate(args):
     seeds = [int(torch.randint(2**63 - 1, (), generator=stream)) for _ in range(args.num_samples)]
     generator = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     windows = page_windows(x[0] == mask_id, block_size)
-    fill, window_steps = make_sampler(args, model, generator, windows)
+    fill, window_steps = make_sampler(args, model, generator, windows, record)
     steps = sum(window_steps)
 
     page, passes, animate = x[:, hidden:], 0, args.animate and sys.stdout.isatty()
@@ -469,7 +514,7 @@ def generate(args):
                 passes += 1
                 bar.update()
             if animate:
-                show(page, before, mask_id, chars, f"step {passes} of {steps}")
+                show(page, before, mask_id, chars, f"step {passes} of {max(steps, passes)}")
             if args.html:
                 states.append(page)
         time.sleep(1.5 if animate else 0)

@@ -11,6 +11,7 @@ from conftest import ROOT, TINY, assert_one_line_error
 
 import main as main_script
 import train as train_script
+from main import certainty, unmask_until_sure
 from model import GPT, GPTConfig, save_checkpoint
 from train import TrainConfig, get_batch, load_data
 
@@ -175,11 +176,67 @@ def test_surest_first_solves_through_infill(call, solver, tmp_path, hole):
     puzzle = "___4\n34__\n__4_\n_3__\n"
     path = tmp_path / "puzzle.txt"
     path.write_text(puzzle.replace("_", hole))
-    flags = (f"--infill={path}", "--device=cpu", "--dtype=float32")
+    flags = (f"--infill={path}", "--device=cpu", "--dtype=float32", "--tries=1")
     result = call(main_script, *flags)
     assert result.code == 0 and solves(result.out, puzzle), result
     assert not all(solves(call(main_script, *flags, "--remasking=random", f"--seed={seed}").out,
                           puzzle) for seed in range(8))
+
+
+GUESSWORK = "____\n____\n2__3\n34__\n"  # no cell is certain: the first digit is a guess
+
+
+def test_a_wrong_guess_is_noticed_and_made_anew(call, solver, tmp_path):
+    """The draft is the same with one try, and wrong; the tries after it depend on the seed."""
+    path = tmp_path / "puzzle.txt"
+    path.write_text(GUESSWORK)
+    flags = (f"--infill={path}", "--device=cpu", "--dtype=float32")
+    assert not solves(call(main_script, *flags, "--tries=1").out, GUESSWORK)
+    for seed in range(5):
+        page = call(main_script, *flags, f"--seed={seed}", f"--html={tmp_path}/run.html")
+        assert page.code == 0 and solves(page.out, GUESSWORK)
+    assert int(page.err.split()[0][1:]) > 12  # passes: more than a try of twelve cells
+
+
+def to_ids(page):
+    return torch.tensor([["\n1234_".index(c) for c in page]])
+
+
+def test_certainty_is_the_least_probability_of_a_written_token():
+    rules = Rules(GPTConfig(21, 6, 1, 1, 8))
+    right, wrong = to_ids(GRID), to_ids("1" + GRID[1:].replace("1", "2"))
+    written = right > 0
+    assert certainty(rules, right, written, 5)[0] > 1 - 1e-9
+    # what contradicts gets no probability: five tokens at exp(-30), or next to others at 1
+    assert certainty(rules, wrong, written, 5)[0] < 0.21
+    both = torch.cat([right, wrong])
+    none = torch.zeros_like(both, dtype=torch.bool)
+    assert certainty(rules, both, none, 5).tolist() == [1, 1]
+
+
+def test_the_surest_try_is_the_answer_and_sure_rows_stay():
+    """Givens that contradict each other: no try is sure. The other row is sure after the draft."""
+    rules, easy = Rules(GPTConfig(21, 6, 1, 1, 8)), "___4\n34__\n__4_\n_3__\n\n"
+    x = torch.cat([to_ids(easy), to_ids("11" + GUESSWORK[2:] + "\n")])
+    settings = dict(remasking="low_confidence")
+    generator = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    states = list(unmask_until_sure(rules, x, 5, 16, 6, generator=generator, **settings))
+    full = [state for state in states if (state != 5).all()]
+    tries = [certainty(rules, state, x == 5, 5) for state in full]
+    assert len(full) == 7 and solves("".join("\n1234"[i] for i in full[0][0]), easy)
+    assert all(torch.equal(state[0], full[0][0]) for state in full)
+    assert tries[-1][1] == max(t[1] for t in tries) < 0.999
+    alone = torch.Generator().manual_seed(2)
+    *_, last = unmask_until_sure(rules, x[1:], 5, 16, 6, generator=[alone], **settings)
+    assert torch.equal(last, full[-1][1:])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--tries=0", "--infill=a_c"], ["--tries", "0"]),
+    (["--tries=2"], ["--tries", "--infill"]),
+])
+def test_tries_that_make_no_sense(call, flags, words):
+    assert_one_line_error(call(main_script, *flags), *words)
 
 
 def solves(grid, puzzle):

@@ -9,7 +9,8 @@ Who solves Sudoku? A mask predictor by several orders of writing, and its autore
 The twin learns what a left-to-right model needs: the puzzle, and then its solution. Puzzles are
 made of held-out grids, from base grids that no training grid comes from: with 50, 40 or 32 givens
 at random places, and with 28 or 24 so that there is exactly one solution. "Solved" is a valid grid
-with the givens kept. Seconds per puzzle are those of the last column, all puzzles in one batch.
+with the givens kept. Seconds per puzzle are those of the last column, all puzzles in one batch; for
+main.py's way of solving, one puzzle after the other.
 """
 
 import argparse
@@ -28,12 +29,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data" / "sudoku")]
 import prepare  # noqa: E402
 from claims import seconds_per_iteration  # noqa: E402
 from common import write_dataset  # noqa: E402
-from main import left_to_right, unmask  # noqa: E402
+from main import PUZZLE_TRIES, left_to_right, unmask, unmask_until_sure  # noqa: E402
 from model import load_checkpoint, pick_dtype, resolve_path  # noqa: E402
 
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
 SUREST = dict(remasking="low_confidence", temperature=0.0)
-RULES = [  # name, unmask's arguments, cells a step (or "steps" in all)
+RULES = [  # name, unmask's arguments, cells a step
+    (f"main.py's for puzzles: surest first, up to {PUZZLE_TRIES} tries",
+     dict(SUREST, tries=PUZZLE_TRIES), 1),
     ("surest first", SUREST, 1),
     ("surest first", SUREST, 2),
     ("surest first", SUREST, 4),
@@ -92,13 +95,14 @@ def to_grids(page):
     return page[:, :90].reshape(-1, 9, 10)[:, :, :9].numpy()
 
 
-def solve_all(states, quizzes):
-    """-> (share solved, seconds per puzzle) of an iterator of pages."""
-    began = time.perf_counter()
-    for page in states:
-        pass
+def solve_all(batches, quizzes):
+    """-> (share solved, seconds per puzzle); batches: iterators of states, whose last is solved."""
+    began, pages = time.perf_counter(), []
+    for states in batches:
+        *_, page = states
+        pages.append(page)
     seconds = (time.perf_counter() - began) / len(quizzes)
-    grids = to_grids(page)
+    grids = to_grids(torch.cat(pages))
     kept = ((quizzes == 0) | (quizzes == grids)).all(axis=(1, 2))
     return np.mean([is_solved(grid) and k for grid, k in zip(grids, kept)]), seconds
 
@@ -163,9 +167,13 @@ def main():
         results = []
         for givens, quizzes in sets.items():
             steps = 32 if per_step is None else max(1, round((81 - givens) / per_step))
-            states = unmask(model, to_page(quizzes), EMPTY, steps, **how,
-                            generator=torch.Generator().manual_seed(0))
-            results.append(solve_all(states, quizzes))
+            how = dict(how, generator=torch.Generator().manual_seed(0))
+            page = to_page(quizzes)
+            if "tries" in how:
+                batches = (unmask_until_sure(model, x, EMPTY, steps, **how) for x in page.split(1))
+            else:
+                batches = [unmask(model, page, EMPTY, steps, **how)]
+            results.append(solve_all(batches, quizzes))
         row(name, per_step or "", results)
     if resolve_path(args.twin).exists():
         twin, _, info = load_checkpoint(resolve_path(args.twin))
@@ -175,7 +183,8 @@ def main():
             prompt = to_page(quizzes)
             x = torch.cat([prompt, torch.full_like(prompt, twin.config.mask_id)], dim=1)
             states = left_to_right(twin, x, twin.config.mask_id, temperature=0.0)
-            results.append(solve_all((state[:, prepare.RECORD:] for state in states), quizzes))
+            states = (state[:, prepare.RECORD:] for state in states)
+            results.append(solve_all([states], quizzes))
         row(f"the twin, left to right, greedy ({info['minutes']:.1f} minutes)", 1, results)
 
 
