@@ -374,9 +374,9 @@ def parse_args():
                                      "(default: 0.3)")
     add("--remasking", choices=REMASKING, help="which predictions a step keeps: random, spread "
                                                "apart, or most confident (default: dilated)")
-    add("--tries", type=int, help="--infill: fill all holes again, up to so many times in all, until "
-                                  "the model is sure of every token (default: 1; of puzzles "
-                                  f"{PUZZLE_TRIES})")
+    add("--tries", type=int, help="for --infill: while the model is not sure of all that it wrote, "
+                                  "fill the holes anew, with other guesses, at most so many times "
+                                  f"in all (default: 1; of puzzles {PUZZLE_TRIES})")
     add("--block_length", type=int,
         help="finish this many tokens before the next ones (default: no blocks)")
     add("--cfg_scale", type=float,
@@ -530,7 +530,7 @@ def generate(args):
     written = sum(map(len, texts)) - args.num_samples * len(decode(
         (i for i in ids[hidden:] if i != mask_id), chars))
     speed = "" if animate else f" in {seconds:.1f} s: {written / seconds:,.0f} characters/s"
-    print(f"[{passes} forward passes, {written:,} characters{speed}; seed {args.seed}]",
+    print(f"[{passes} steps, {written:,} characters{speed}; seed {args.seed}]",
           file=sys.stderr)
 
 

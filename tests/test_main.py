@@ -650,7 +650,7 @@ def test_stdout_is_the_text_and_nothing_else(sample, checkpoint):
     for page in (first, second):
         assert re.fullmatch("hello [a-z ]{18}\n", page)
     assert first != second
-    assert "18 forward passes, 36 characters" in result.err and "characters/s" in result.err
+    assert "18 steps, 36 characters" in result.err and "characters/s" in result.err
     assert sample(f"--path={checkpoint}", *flags).out == result.out
     assert sample(f"--path={checkpoint}", *flags, "--seed=2").out != result.out
 
@@ -691,10 +691,10 @@ def test_flags_do_what_they_say(sample, checkpoint):
                     "--remasking=low_confidence", "--cfg_scale=0.5", "--temperature=0",
                     "--prompt=a", "--revise=0", "--dtype=float32")
     assert result.code == 0 and len(result.out) == 14
-    assert "3 forward passes, 12 characters" in result.err
+    assert "3 steps, 12 characters" in result.err
     few = (f"--path={checkpoint}", "--gen_length=2", "--steps=9")
-    assert sample(*few).err.startswith("[9 forward passes, 2 characters")
-    assert sample(*few, "--revise=0").err.startswith("[2 forward passes")
+    assert sample(*few).err.startswith("[9 steps, 2 characters")
+    assert sample(*few, "--revise=0").err.startswith("[2 steps")
 
 
 def test_each_sample_has_a_stream_of_its_own(sample, checkpoint):
@@ -733,10 +733,10 @@ def test_another_character_for_the_holes(sample, checkpoint):
 def test_longer_than_the_block(sample, checkpoint):
     result = sample(f"--path={checkpoint}", "--gen_length=100", "--prompt=hello ", "--steps=50")
     assert result.code == 0 and len(result.out) == 107 and result.out.startswith("hello "), result
-    assert "50 forward passes, 100 characters" in result.err
+    assert "50 steps, 100 characters" in result.err
     # the first window, of 24 characters, and 18 of 12 (24 is less than the default of 32)
     default = sample(f"--path={checkpoint}", "--gen_length=240")
-    assert re.match(r"\[240 forward passes, 240 characters", default.err), default.err
+    assert re.match(r"\[240 steps, 240 characters", default.err), default.err
     prompt = "the quick brown fox jumps over the lazy dog"  # longer than the block
     assert sample(f"--path={checkpoint}", f"--prompt={prompt}").out.startswith(prompt)
 
@@ -748,7 +748,7 @@ def test_html_replays_the_run(sample, checkpoint, tmp_path):
                     "--gen_length=40", "--revise=0.3")
     pages, passes, run = replay(path.read_text(encoding="utf-8"))
     assert result.code == 0 and [page + "\n" for page in pages] == result.out.split("\f")
-    assert f"[{passes} forward passes" in result.err and len(run["changes"]) > passes == 7
+    assert f"[{passes} steps" in result.err and len(run["changes"]) > passes == 7
 
 
 def test_animate_without_a_terminal_is_plain(sample, checkpoint):

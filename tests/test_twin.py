@@ -120,7 +120,7 @@ def test_train_and_write(train, sample, tmp_path):
     flags = (f"--path={X}", "--prompt=the ", "--num_samples=2", "--temperature=0.5")
     page = sample(*flags)
     first, second = page.out.split("\f")
-    assert page.code == 0 and "[12 forward passes, 24 characters" in page.err
+    assert page.code == 0 and "[12 steps, 24 characters" in page.err
     for written in (first, second):
         assert len(written) == 17 and written.startswith("the ") and written.endswith("\n")
     assert sample(*flags).out == page.out
