@@ -198,10 +198,10 @@ def schedule(masked, steps, block_length, revise):
 
 
 def unmask_until_sure(model, x, mask_id, steps, tries, temperature=0.0, sure=0.999, **settings):
-    """unmask, for puzzles: there, all that is right is certain. So if the model is not sure of a
-    row that it has filled, by certainty, one of its guesses was wrong: the row is masked again and
-    filled anew, with guesses at temperature 3, at most tries times. The surest try is the answer.
-    Otherwise like unmask, which takes the settings."""
+    """unmask for puzzles, whose right answers are certain. If the certainty of a filled row is less
+    than sure, a guess was wrong: the row is masked again and filled anew, with other guesses (at
+    temperature 3), until it is sure or has had so many tries. Its surest try is the answer. An
+    iterator like unmask, which the settings go to."""
     masked = x == mask_id                                                 # (B, T)
     best, surest = x, torch.full((len(x),), -1.0, dtype=torch.float64, device=x.device)
     for attempt in range(tries):
