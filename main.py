@@ -199,8 +199,9 @@ def schedule(masked, steps, block_length, revise):
 
 def unmask_until_sure(model, x, mask_id, steps, tries, temperature=0.0, sure=0.999, **settings):
     """unmask for puzzles, whose right answers are certain. If the certainty of a filled row is less
-    than sure, a guess was wrong: the row is masked again and filled anew, with other guesses (at
-    temperature 3), until it is sure or has had so many tries. Its surest try is the answer. An
+    than sure, a guess was wrong: the row is masked again and filled anew, until it is sure or has
+    had so many tries. Its surest try is the answer. The tries after the first have temperature 3:
+    with low_confidence, what is certain is written first all the same, and guesses differ. An
     iterator like unmask, which the settings go to."""
     masked = x == mask_id                                                 # (B, T)
     best, surest = x, torch.full((len(x),), -1.0, dtype=torch.float64, device=x.device)
@@ -364,7 +365,9 @@ def parse_args():
     add("--num_samples", type=int, default=1, help="number of pages (default: %(default)s)")
     add("--seed", type=int, default=1337,
         help="same seed, device and dtype: same text (default: %(default)s)")
-    add = parser.add_argument_group("sampler").add_argument
+    add = parser.add_argument_group(
+        "sampler", "With --infill the defaults are: a step per hole, --temperature=0 --revise=0 "
+                   "--remasking=low_confidence.").add_argument
     add("--steps", type=int, help="forward passes: fewer are faster, more are more readable "
                                   "(default: 32 for each window of the model's block)")
     add("--temperature", type=float, help="0: greedy (it repeats itself); 1: the model's "
@@ -463,8 +466,8 @@ def make_sampler(args, model, generator, windows, record):
     settings = {**(INFILL_DEFAULTS if infill else DEFAULTS), **chosen, "generator": generator}
     check(steps is None or steps >= 1, f"--steps must be at least 1, not {steps}")
     steps = share_steps(windows, steps, config.block_size if infill else ENOUGH_STEPS)
-    check(args.tries is None or infill and args.tries >= 1,
-          f"--tries must be at least 1, and goes with --infill, not {args.tries}")
+    check(infill or args.tries is None, "--tries is for --infill")
+    check(args.tries is None or args.tries >= 1, f"--tries must be at least 1, not {args.tries}")
     tries = args.tries or (PUZZLE_TRIES if infill and record > 1 else 1)
     if not settings["revise"]:
         steps = [min(n, n_masks) for n, (*_, n_masks) in zip(steps, windows)]
