@@ -35,7 +35,7 @@ RULES = [  # what unmask is given, and with which numbers of steps
     (dict(remasking="low_confidence", temperature=1.0), (32, 64)),
     (dict(remasking="dilated", temperature=0.8), (32,)),
     (dict(remasking="random", temperature=1.0, revise=0.3), (32,)),
-    (dict(remasking="dilated", temperature=1.0, revise=0.3), (16, 32, 64, 256)),
+    (dict(remasking="dilated", temperature=1.0, revise=0.3), (16, 24, 32, 64, 256)),
     (dict(remasking="dilated", temperature=1.0, revise=0.5), (16,)),
     (dict(remasking="dilated", temperature=0.9, revise=0.3), (16,)),
     (dict(remasking="dilated", temperature=1.0, revise=0.2), (64,)),
