@@ -89,7 +89,7 @@ def read_help(text):
     groups, flag = {}, None
     for line in text.splitlines():
         if line.endswith(":") and not line.startswith(" "):
-            groups[line[:-1]] = group = {}
+            groups[line[:-1]], flag = (group := {}), None
         elif groups and (start := re.match(r"  (?:-\w, )?--(\w+)(.*)", line)):
             flag = start[1]
             group[flag] = start[2]

@@ -846,7 +846,8 @@ def test_help_is_grouped_and_shows_every_default(sample):
     flags = {name: set(groups[name]) for name in ("page", "sampler", "watching", "device")}
     assert flags == {
         "page": {"path", "prompt", "gen_length", "infill", "mask_char", "num_samples", "seed"},
-        "sampler": {"steps", "temperature", "revise", "remasking", "block_length", "cfg_scale"},
+        "sampler": {"steps", "temperature", "revise", "remasking", "tries", "block_length",
+                    "cfg_scale"},
         "watching": {"animate", "html"},
         "device": {"device", "dtype"},
     }
