@@ -366,8 +366,8 @@ def parse_args():
     add("--seed", type=int, default=1337,
         help="same seed, device and dtype: same text (default: %(default)s)")
     add = parser.add_argument_group(
-        "sampler", "With --infill the defaults are: a step per hole, --temperature=0 --revise=0 "
-                   "--remasking=low_confidence.").add_argument
+        "sampler", "With --infill the defaults are a step per hole, --temperature=0,\n"
+                   "--revise=0 and --remasking=low_confidence.").add_argument
     add("--steps", type=int, help="forward passes: fewer are faster, more are more readable "
                                   "(default: 32 for each window of the model's block)")
     add("--temperature", type=float, help="0: greedy (it repeats itself); 1: the model's "

@@ -209,6 +209,10 @@ def test_certainty_is_the_least_probability_of_a_written_token():
     assert certainty(rules, right, written, 5)[0] > 1 - 1e-9
     # what contradicts gets no probability: five tokens at exp(-30), or next to others at 1
     assert certainty(rules, wrong, written, 5)[0] < 0.21
+    hidden = []  # four passes, each with another quarter of the sixteen cells masked
+    certainty(lambda idx: hidden.append(idx == 5) or rules(idx), right, written, 5)
+    assert [int(masks.sum()) for masks in hidden] == [4] * 4
+    assert torch.equal(sum(masks.long() for masks in hidden), written.long())
     both = torch.cat([right, wrong])
     none = torch.zeros_like(both, dtype=torch.bool)
     assert certainty(rules, both, none, 5).tolist() == [1, 1]

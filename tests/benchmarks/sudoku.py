@@ -9,7 +9,7 @@ Who solves Sudoku? A mask predictor by several orders of writing, and its autore
 The twin learns what a left-to-right model needs: the puzzle, and then its solution. Puzzles are
 made of held-out grids, from base grids that no training grid comes from: with 50, 40 or 32 givens
 at random places, and with 28 or 24 so that there is exactly one solution. "Solved" is a valid grid
-with the givens kept. Seconds per puzzle are those of the last column, all puzzles in one batch; for
+with the givens kept. Seconds per puzzle are those of 24 givens, all puzzles in one batch; for
 main.py's way of solving, one puzzle after the other.
 """
 
