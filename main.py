@@ -5,7 +5,7 @@ The reverse process: start from masks, unmask step by step, show text.
     python main.py --prompt="ROMEO:" --num_samples=3 --animate         # watch it in the terminal
     python main.py --infill="To be, or ______: that is the ________:"  # holes anywhere; or a file
     python main.py --gen_length=2000 --html=run.html      # a long page, and a replay of the run
-    python main.py --steps=256                            # slower, and more readable
+    python main.py --steps=64                             # slower, and more readable
     python main.py --path=twin                            # what train.py --causal trained
 
 Only the text goes to stdout: python main.py > page.txt keeps just the text. Several pages are
@@ -40,7 +40,7 @@ INFILL_DEFAULTS = dict(DEFAULTS, temperature=0.0, remasking="low_confidence", re
 TWIN_DEFAULTS = dict(temperature=0.8)
 PUZZLE_TRIES = 16           # for --infill, of a model of records
 LARGEST = 10_000_000        # tokens of all pages together
-ENOUGH_STEPS = 32           # forward passes for a window of the model's block_size
+ENOUGH_STEPS = 24           # forward passes for a window of the model's block_size
 
 
 # -----------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def parse_args():
         "sampler", "With --infill the defaults are a step per hole, --temperature=0,\n"
                    "--revise=0 and --remasking=low_confidence.").add_argument
     add("--steps", type=int, help="forward passes: fewer are faster, more are more readable "
-                                  "(default: 32 for each window of the model's block)")
+                                  "(default: 24 for each window of the model's block)")
     add("--temperature", type=float, help="0: greedy (it repeats itself); 1: the model's "
                                           "distribution (default: 1.0; of a causal model 0.8)")
     add("--revise", type=float, help="fraction of the text that the second half of the steps "

@@ -734,7 +734,7 @@ def test_longer_than_the_block(sample, checkpoint):
     result = sample(f"--path={checkpoint}", "--gen_length=100", "--prompt=hello ", "--steps=50")
     assert result.code == 0 and len(result.out) == 107 and result.out.startswith("hello "), result
     assert "50 steps, 100 characters" in result.err
-    # the first window, of 24 characters, and 18 of 12 (24 is less than the default of 32)
+    # the first window, of 24 characters, and 18 of 12 (24 is no more than the default)
     default = sample(f"--path={checkpoint}", "--gen_length=240")
     assert re.match(r"\[240 steps, 240 characters", default.err), default.err
     prompt = "the quick brown fox jumps over the lazy dog"  # longer than the block
