@@ -199,10 +199,10 @@ def schedule(masked, steps, block_length, revise):
 
 def unmask_until_sure(model, x, mask_id, steps, tries, temperature=0.0, sure=0.999, **settings):
     """unmask for puzzles, whose right answers are certain. If the certainty of a filled row is less
-    than sure, a guess was wrong: the row is masked again and filled anew, until it is sure or has
-    had so many tries. Its surest try is the answer. The tries after the first have temperature 3:
-    with low_confidence, what is certain is written first all the same, and guesses differ. An
-    iterator like unmask, which the settings go to."""
+    than sure, a guess was probably wrong: the row is masked again and filled anew, until it is sure
+    or has had so many tries. Its surest try is the answer. The tries after the first have
+    temperature 3: with low_confidence, what is certain is written first all the same, and guesses
+    differ. An iterator like unmask, which the settings go to."""
     masked = x == mask_id                                                 # (B, T)
     best, surest = x, torch.full((len(x),), -1.0, dtype=torch.float64, device=x.device)
     for attempt in range(tries):

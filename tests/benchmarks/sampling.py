@@ -80,15 +80,14 @@ def compare(ours, twin):
     """Beside random order at as many steps; the frontier; beside the twin at equal diversity."""
     plain = {row["passes"]: row for row in ours
              if row["how"]["remasking"] == "random" and "revise" not in row["how"]}
-    print("\n| beside random order, temperature 0.7, at as many steps | " + " | ".join(SCORES)
+    print("\n| beside random order at as many steps | " + " | ".join(SCORES)
           + " |\n|" + "---|" * 4)
     for row in ours:
         if row not in plain.values() and row["passes"] in plain:
             gains = [row["scores"][s][0] - plain[row["passes"]]["scores"][s][0] for s in SCORES]
             print(f"| {row['name']} | " + " | ".join(f"{gain:+.3f}" for gain in gains) + " |")
 
-    print("\nThe frontier: no other setting has both a lower judged likelihood and more distinct "
-          "4-grams")
+    print("\nThe frontier: no other setting has both fewer judged nats and more distinct 4-grams")
     points = [(row["scores"][DISTINCT][0], row["scores"][JUDGED][0], row["name"]) for row in ours]
     for distinct, judged, name in sorted(points):
         if not any(d > distinct and j < judged for d, j, _ in points):

@@ -45,7 +45,8 @@ RULES = [  # name, unmask's arguments, cells a step
     ("surest first, half of the steps revise 30 %", dict(SUREST, revise=0.3), 0.5),
     ("surest first, guidance 0.5", dict(SUREST, cfg_scale=0.5), 1),
     ("random order", dict(remasking="random", temperature=0.0), 1),
-    ("main.py's for pages, 32 steps", dict(remasking="dilated", temperature=1.0, revise=0.3), None),
+    ("dilated, temperature 1, revise 30 %, 32 steps",
+     dict(remasking="dilated", temperature=1.0, revise=0.3), None),
     ("the same without revision", dict(remasking="dilated", temperature=1.0), None),
 ]
 EMPTY = 10  # the twin's id of an empty cell; [MASK]'s of the mask predictor
