@@ -369,7 +369,7 @@ def parse_args():
         "sampler", "With --infill the defaults are a step per hole, --temperature=0,\n"
                    "--revise=0 and --remasking=low_confidence.").add_argument
     add("--steps", type=int, help="forward passes: fewer are faster, more are more readable "
-                                  "(default: 24 for each window of the model's block)")
+                                  f"(default: {ENOUGH_STEPS} for each window of the model's block)")
     add("--temperature", type=float, help="0: greedy (it repeats itself); 1: the model's "
                                           "distribution (default: 1.0; of a causal model 0.8)")
     add("--revise", type=float, help="fraction of the text that the second half of the steps "

@@ -466,11 +466,12 @@ COPY = ("(torch.randperm(B, generator=generator) + torch.rand(B, generator=gener
 
 
 def test_the_line_that_is_shown_is_the_one_that_trains(run, tmp_path, data_dir):
-    """Copies of the scripts: t -> t squared in forward_process changes the training loss."""
+    """Copies of the scripts: t -> t squared in forward_process changes the training loss, nothing
+    changes without it."""
     code = (ROOT / "train.py").read_text(encoding="utf-8")
     assert code.count(COPY[0]) == 1
     curves = []
-    for name, changed in (("same", code), ("squared", code.replace(*COPY))):
+    for name, changed in (("same", code), ("again", code), ("squared", code.replace(*COPY))):
         folder = tmp_path / name
         folder.mkdir()
         for script in ("model.py", "muon.py", "tokenizer.py"):
@@ -480,8 +481,8 @@ def test_the_line_that_is_shown_is_the_one_that_trains(run, tmp_path, data_dir):
                      "--eval_interval=3", "--save_filename=x", cwd=folder)
         assert result.returncode == 0, result.stderr
         curves.append(curve(folder / "x.pt"))
-    same, squared = curves
-    assert len(same) == 2
+    same, again, squared = curves
+    assert same == again and len(same) == 2
     assert all(a["loss"] != b["loss"] for a, b in zip(same, squared, strict=True))
 
 
