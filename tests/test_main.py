@@ -650,7 +650,7 @@ def test_stdout_is_the_text_and_nothing_else(sample, checkpoint):
     for page in (first, second):
         assert re.fullmatch("hello [a-z ]{18}\n", page)
     assert first != second
-    assert "18 steps, 36 characters" in result.err and "characters/s" in result.err
+    assert "16 steps, 36 characters" in result.err and "characters/s" in result.err
     assert sample(f"--path={checkpoint}", *flags).out == result.out
     assert sample(f"--path={checkpoint}", *flags, "--seed=2").out != result.out
 
@@ -734,9 +734,9 @@ def test_longer_than_the_block(sample, checkpoint):
     result = sample(f"--path={checkpoint}", "--gen_length=100", "--prompt=hello ", "--steps=50")
     assert result.code == 0 and len(result.out) == 107 and result.out.startswith("hello "), result
     assert "50 steps, 100 characters" in result.err
-    # the first window, of 24 characters, and 18 of 12 (24 is no more than the default)
+    # the first window, of 24 characters, has the 16 steps of the default, and 18 of 12 have 12 each
     default = sample(f"--path={checkpoint}", "--gen_length=240")
-    assert re.match(r"\[240 steps, 240 characters", default.err), default.err
+    assert re.match(r"\[232 steps, 240 characters", default.err), default.err
     prompt = "the quick brown fox jumps over the lazy dog"  # longer than the block
     assert sample(f"--path={checkpoint}", f"--prompt={prompt}").out.startswith(prompt)
 

@@ -30,15 +30,14 @@ from train import TrainConfig, load_data  # noqa: E402
 
 SCORES = (JUDGED, "corpus words", DISTINCT)
 RULES = [  # what unmask is given, and with which numbers of steps
-    (dict(remasking="random", temperature=0.7), (32, 64)),
+    (dict(remasking="random", temperature=0.6), (16, 32, 64)),
     (dict(remasking="random", temperature=1.0), (256,)),
-    (dict(remasking="low_confidence", temperature=1.0), (32, 64)),
-    (dict(remasking="dilated", temperature=0.8), (32,)),
-    (dict(remasking="random", temperature=1.0, revise=0.3), (32,)),
-    (dict(remasking="dilated", temperature=1.0, revise=0.3), (16, 24, 32, 64, 256)),
-    (dict(remasking="dilated", temperature=1.0, revise=0.5), (16,)),
-    (dict(remasking="dilated", temperature=0.9, revise=0.3), (16,)),
-    (dict(remasking="dilated", temperature=1.0, revise=0.2), (64,)),
+    (dict(remasking="low_confidence", temperature=0.8), (16, 32, 64)),
+    (dict(remasking="dilated", temperature=0.6), (16,)),
+    (dict(remasking="random", temperature=0.8, revise=0.3), (16,)),
+    (dict(remasking="dilated", temperature=0.8, revise=0.3), (12, 16, 24, 32, 64)),
+    (dict(remasking="dilated", temperature=1.0, revise=0.3), (16, 32)),
+    (dict(remasking="dilated", temperature=0.8, revise=0.5), (16,)),
 ]
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)  # of the twin
 

@@ -1,0 +1,63 @@
+"""
+Is a model too sure of itself? The NELBO with its logits divided by tau (temperature scaling,
+arXiv 1706.04599): lower at some tau > 1, if it is.
+
+    python tests/benchmarks/calibration.py --path=X                       # the table
+    python tests/benchmarks/calibration.py --path=X --save_filename=Y     # X with the best tau
+
+tau is chosen on every other window of the validation text; the rest, which had no say in it, shows
+what it is worth. The logits are linear in the weights of the last LayerNorm, so Y is X with those
+divided by tau: neither its size nor its greedy predictions change.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from model import load_checkpoint, pick_device, pick_dtype, resolve_path, save_checkpoint
+from train import TrainConfig, autocast_to, load_data, measure
+
+TAUS = tuple(i / 20 for i in range(20, 29))                 # 1.00, 1.05, ... 1.40
+
+
+def divide_logits(model, tau):
+    """-> a copy of a model without biases, whose logits are those of model, divided by tau."""
+    model = copy.deepcopy(model)
+    model.ln_f.weight.data /= tau
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", default="pretrained_gpt_last", help="the checkpoint")
+    parser.add_argument("--dataset", default="shakespeare_char", help="folder of data/")
+    parser.add_argument("--save_filename", help="write the calibrated model to this checkpoint")
+    args = parser.parse_args()
+    device, _ = pick_device()
+    dtype, _ = pick_dtype("auto", device)
+    model, chars, info = load_checkpoint(resolve_path(args.path), device)
+    L = model.config.block_size
+    _, val_data, _ = load_data(TrainConfig(dataset=args.dataset), L, chars)
+    val_windows = val_data[:len(val_data) // L * L].reshape(-1, L)
+    halves = [val_windows[start::2].ravel() for start in (0, 1)]
+
+    print(f"{'tau':>4}  {'where it is chosen':>18}  {'on the other half':>18}")
+    found = {}
+    for tau in TAUS:
+        divided = divide_logits(model, tau)
+        (chosen, se), (rest, rest_se) = (
+            measure(divided, half, chars, 8, 64, autocast_to(dtype, device))[1:] for half in halves)
+        found[tau] = chosen
+        print(f"{tau:4.2f}  {chosen:9.4f} +- {se:.4f}  {rest:9.4f} +- {rest_se:.4f}", flush=True)
+    best = min(found, key=found.get)
+    if args.save_filename:
+        info["logits_divided_by"] = info.get("logits_divided_by", 1.0) * best
+        save_checkpoint(resolve_path(args.save_filename), divide_logits(model, best), chars, **info)
+        print(f"{resolve_path(args.save_filename)} is {args.path} with tau = {best:.2f}")
+
+
+if __name__ == "__main__":
+    main()
