@@ -105,7 +105,7 @@ class TrainConfig:
     seed: int = knob(1337, "of weights, batches, masks and dropout")
 
     eval_interval: int = knob(500, "iterations between evaluations, which save", "evaluation")
-    eval_chars: int = knob(2**16, "tokens of each split to evaluate on; --eval_only: all")
+    eval_chars: int = knob(2**16, "tokens of each split, spread over it; --eval_only: all")
     eval_passes: int = knob(2, "passes, each with other masks; --eval_only: at least 8")
     log_interval: int = knob(10, "iterations between loss readings")
 
@@ -235,6 +235,13 @@ def windows(data, starts, length):
     """The windows of data (N,) that begin at starts (B,) -> (B, length) long."""
     positions = starts[:, None] + torch.arange(length)       # (B, length)
     return torch.from_numpy(np.asarray(data)[positions.numpy()].astype(np.int64))
+
+
+def spread_windows(data, n_tokens, length):
+    """As many whole windows of data (N,) as n_tokens hold, spread evenly over it, end to end."""
+    n_windows = min(n_tokens, len(data)) // length
+    starts = length * torch.linspace(0, len(data) // length - 1, n_windows).round().long()
+    return windows(data, starts, length).flatten().numpy()
 
 
 def get_batch(data, config, generator, record=1):
@@ -442,8 +449,8 @@ def evaluate(run):
     row = dict(iteration=run.iteration, minutes=run.minutes(), loss=loss)
     for split, data in (("train", run.train_data), ("val", run.val_data)):
         name, row[split], row[f"{split}_se"] = measure(
-            run.ema, data[:config.eval_chars], run.chars, config.eval_passes, config.batch_size,
-            run.autocast)
+            run.ema, spread_windows(data, config.eval_chars, config.block_size), run.chars,
+            config.eval_passes, config.batch_size, run.autocast)
         say(f"iteration {run.iteration:,}: {split} {name} {row[split]:.4f} +- "
             f"{row[f'{split}_se']:.4f} nats per character")
     run.losses.clear()

@@ -509,6 +509,15 @@ def test_x_keeps_the_best_and_says_what_it_is(train, tmp_path):
                 f"{row['val_se']:.4f} nats per character\n") in result.out
 
 
+@pytest.mark.parametrize("n_tokens, starts", [
+    (19, [0]), (30, [0, 40, 90]), (59, [0, 20, 40, 70, 90]), (100, range(0, 100, 10)),
+    (10**6, range(0, 100, 10))])
+def test_an_evaluation_is_spread_over_the_split(n_tokens, starts):
+    """The beginning of a split may be easier than the rest, as in Tiny Shakespeare."""
+    found = train_script.spread_windows(np.arange(107, dtype=np.uint16), n_tokens, 10)
+    assert found.tolist() == [start + i for start in starts for i in range(10)]
+
+
 def test_what_is_saved_is_what_was_evaluated(train, tmp_path, data_dir):
     X = tmp_path / "x.pt"
     train(*RUN, f"--save_filename={X}")
