@@ -157,7 +157,7 @@ def describe(name):
     if "twin" in rule:
         return label, settings[0], True
     temperature, passes, *rest = settings
-    usual = ("temperature 1.0", "revise 0.3") if revised else (temperature,)
+    usual = ("temperature 0.8", "revise 0.3") if revised else (temperature,)
     unusual = [setting for setting in (temperature, *rest) if setting not in usual]
     return label, ", ".join([passes, *unusual]), not unusual
 
