@@ -27,7 +27,7 @@ from train import next_token_losses  # noqa: E402
 GROUP = 8
 JUDGED, DISTINCT = "judged nats", "distinct 4-grams"
 TITLES = {  # of the pictures
-    "sampling": "Only with revision does diffusion come close to real text, "
+    "sampling": "With revision, diffusion comes closest to real text, "
                 "in likelihood and in diversity",
     "claims": "After equal training time, the autoregressive twin's text is closer "
               "to real text than diffusion's",
