@@ -4,7 +4,7 @@ The reverse process: start from masks, unmask step by step, show text.
     python main.py                                        # the shipped model writes a page
     python main.py --prompt="ROMEO:" --num_samples=3 --animate         # watch it in the terminal
     python main.py --infill="To be, or ______: that is the ________:"  # holes anywhere; or a file
-    python main.py --gen_length=2000 --html=run.html      # a long page, and a replay of the run
+    python main.py --gen_length=1000 --html=run.html      # a long page, and a replay of the run
     python main.py --steps=64                             # slower, and more readable
     python main.py --path=twin                            # what train.py --causal trained
 
