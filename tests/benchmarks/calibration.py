@@ -23,9 +23,10 @@ TAUS = tuple(i / 20 for i in range(20, 29))                 # 1.00, 1.05, ... 1.
 
 
 def divide_logits(model, tau):
-    """-> a copy of a model without biases, whose logits are those of model, divided by tau."""
+    """-> a copy of the model whose logits are those of model, divided by tau."""
     model = copy.deepcopy(model)
-    model.ln_f.weight.data /= tau
+    for p in model.ln_f.parameters():
+        p.data /= tau
     return model
 
 
