@@ -81,7 +81,7 @@ class TrainConfig:
     n_layer: int = knob(4, "blocks")
     n_head: int = knob(4, "attention heads per block; n_embd / n_head = 64 is fast")
     n_embd: int = knob(256, "width of the residual stream")
-    dropout: float = knob(0.0, "for runs of many epochs, say 0.1; slow on a CPU")
+    dropout: float = knob(0.0, "for runs of many epochs, say 0.2; slow on a CPU")
     bias: bool = knob(False, "biases in Linears and LayerNorms")
     rope: bool = knob(True, "rotary positions; False: GPT-2's learned positions")
     qk_norm: bool = knob(True, "normalize queries and keys, which learns in fewer iterations")

@@ -6,8 +6,9 @@ arXiv 1706.04599): lower at some tau > 1, if it is.
     python tests/benchmarks/calibration.py --path=X --save_filename=Y     # X with the best tau
 
 tau is chosen on every other window of the validation text; the rest, which had no say in it, shows
-what it is worth. The logits are linear in the weights of the last LayerNorm, so Y is X with those
-divided by tau: neither its size nor its greedy predictions change.
+what it is worth. The logits are linear in weight and bias of the last LayerNorm, so Y is X with
+those divided by tau: neither its size nor its likeliest characters change. What ships is divided
+already: its file says logits_divided_by=1.25.
 """
 
 import argparse

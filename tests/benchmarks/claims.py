@@ -41,6 +41,8 @@ TWIN = (0.6, 0.7, 0.8, 0.9, 1.0)  # temperatures
 DIFFUSION = [  # unmask's arguments
     dict(remasking="low_confidence", temperature=1.0, steps=64),
     dict(remasking="random", temperature=0.7, steps=64),
+    dict(remasking="dilated", temperature=1.0, steps=24, revise=0.3),
+    dict(remasking="dilated", temperature=1.0, steps=32, revise=0.3),
     dict(remasking="dilated", temperature=0.8, steps=16, revise=0.3),
     dict(remasking="dilated", temperature=0.8, steps=32, revise=0.3),
     dict(remasking="dilated", temperature=0.8, steps=64, revise=0.3),

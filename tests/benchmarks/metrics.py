@@ -27,8 +27,7 @@ from train import next_token_losses  # noqa: E402
 GROUP = 8
 JUDGED, DISTINCT = "judged nats", "distinct 4-grams"
 TITLES = {  # of the pictures
-    "sampling": "With revision, diffusion comes closest to real text, "
-                "in likelihood and in diversity",
+    "sampling": "In likelihood and in diversity, the default is near to real text",
     "claims": "After equal training time, the autoregressive twin's text is closer "
               "to real text than diffusion's",
 }
