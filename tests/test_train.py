@@ -520,11 +520,12 @@ def test_an_evaluation_is_spread_over_the_split(n_tokens, starts):
 
 def test_what_is_saved_is_what_was_evaluated(train, tmp_path, data_dir):
     X = tmp_path / "x.pt"
-    train(*RUN, f"--save_filename={X}")
+    train(*RUN, "--eval_chars=160", f"--save_filename={X}")
     model, chars, info = load_checkpoint(X)
     val = load_data(TrainConfig(data_dir=str(data_dir)), 16, chars)[1]
-    mean, _ = estimate_nelbo(model, val, passes=2, batch_size=4)
-    assert mean == pytest.approx(info["nelbo"]["val"], rel=1e-6)
+    for data, same in ((train_script.spread_windows(val, 160, 16), True), (val[:160], False)):
+        mean, _ = estimate_nelbo(model, data, passes=2, batch_size=4)
+        assert (mean == pytest.approx(info["nelbo"]["val"], rel=1e-6)) == same
 
 
 @pytest.mark.parametrize("muon", [True, False])
@@ -733,7 +734,8 @@ def test_a_second_run_of_one_name_is_refused(train, tmp_path, data_dir, run):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-@pytest.mark.parametrize("how", ["> /dev/full", ">&-", "2>&-", "| head -1"])
+@pytest.mark.parametrize("how", ["> /dev/full", ">&-", "2>&-", "| head -1",
+                                 "> /dev/null; test -f 模型.pt"])
 def test_standard_output_may_go_away(tmp_path, data_dir, how):
     """A run does not end with it, nor with an encoding that lacks the characters of a name."""
     command = f"{sys.executable} {ROOT / 'train.py'} {' '.join(TINY)} --data_dir={data_dir} " \

@@ -5,10 +5,10 @@ arXiv 1706.04599): lower at some tau > 1, if it is.
     python tests/benchmarks/calibration.py --path=X                       # the table
     python tests/benchmarks/calibration.py --path=X --save_filename=Y     # X with the best tau
 
-tau is chosen on every other window of the validation text; the rest, which had no say in it, shows
-what it is worth. The logits are linear in weight and bias of the last LayerNorm, so Y is X with
-those divided by tau: neither its size nor its likeliest characters change. What ships is divided
-already: its file says logits_divided_by=1.25.
+tau is chosen on every other window of the validation text of Tiny Shakespeare; the other windows
+show what it is worth on text that had no say in it. The logits are linear in weight and bias of the
+last LayerNorm, so Y is X with those divided by tau: neither its size nor its likeliest characters
+change. What ships is divided already: its file says logits_divided_by=1.25.
 """
 
 import argparse
@@ -35,14 +35,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default="pretrained_gpt_last", help="the checkpoint")
-    parser.add_argument("--dataset", default="shakespeare_char", help="folder of data/")
     parser.add_argument("--save_filename", help="write the calibrated model to this checkpoint")
     args = parser.parse_args()
     device, _ = pick_device()
     dtype, _ = pick_dtype("auto", device)
     model, chars, info = load_checkpoint(resolve_path(args.path), device)
     L = model.config.block_size
-    _, val_data, _ = load_data(TrainConfig(dataset=args.dataset), L, chars)
+    _, val_data, _ = load_data(TrainConfig(), L, chars)
     val_windows = val_data[:len(val_data) // L * L].reshape(-1, L)
     halves = [val_windows[start::2].ravel() for start in (0, 1)]
 

@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from main import left_to_right, unmask  # noqa: E402
+from main import DEFAULTS, left_to_right, unmask  # noqa: E402
 from train import next_token_losses  # noqa: E402
 
 GROUP = 8
@@ -156,7 +156,8 @@ def describe(name):
     if "twin" in rule:
         return label, settings[0], True
     temperature, passes, *rest = settings
-    usual = ("temperature 0.8", "revise 0.3") if revised else (temperature,)
+    defaults = [f"{name} {DEFAULTS[name]}" for name in ("temperature", "revise")]
+    usual = defaults if revised else [temperature]
     unusual = [setting for setting in (temperature, *rest) if setting not in usual]
     return label, ", ".join([passes, *unusual]), not unusual
 
