@@ -235,6 +235,42 @@ def certainty(model, x, written, mask_id):
 
 
 @torch.no_grad()
+def missing_rates(model, x, mask_id, block_size):
+    """Estimate for every token which share of it is missing from a text x (T,) long, mask_id where
+    something is missing. Where the vowels were taken out, it is near 1 for vowels and near 0 for
+    the rest. In training it is the same for all tokens. Where it is not, Bayes' rule gives the
+    probability of a token in a hole: the model's p(token | the rest), times the token's rate,
+    divided by the sum of these products. -> (mask_id,) float64.
+
+    Expectation maximization (Dempster et al., 1977): count every token in what is left and, as the
+    model and the rates so far expect it, in the holes; compute the rates from the counts; repeat.
+    """
+    masked = x == mask_id                                                 # (T,), M of them
+    logits = torch.cat([predict(model, part[None], None, mask_id, cfg_scale=0)
+                        for part in x.split(block_size)])                 # (M, mask_id)
+    p, left = logits.softmax(dim=-1), x[~masked].bincount(minlength=mask_id)
+    share = masked.double().sum() / (len(x) + 1)
+    rates = torch.ones_like(p[0])                                         # (mask_id,)
+    for _ in range(10):
+        weights = p * rates
+        missing = (weights / weights.sum(dim=1, keepdim=True)).sum(dim=0)
+        total = left + missing
+        # 0: tokens are missing at random; 1: of each, all or none. It is the correlation between
+        # places with the same token, estimated from the variance of a beta-binomial distribution.
+        correlation = ((missing - share * total) ** 2).sum() / (share * (1 - share)) - len(x)
+        correlation = (correlation / (total ** 2).sum()).clamp(0, 0.95)
+        rates = (1 - correlation) * share + correlation * missing
+        rates = rates / ((1 - correlation) + correlation * total)
+    return rates
+
+
+def weighted(model, rates):
+    """-> a mask predictor whose probabilities are those of model times rates (mask_id,)."""
+    log_rates = F.pad(rates.log(), (0, 1))                                # and of [MASK]
+    return lambda idx: model(idx) + log_rates
+
+
+@torch.no_grad()
 def left_to_right(model, x, mask_id, temperature=1.0, generator=None):
     """The twin's counterpart of unmask: one token per forward pass, each given those to its left,
     with a key/value cache. x (B, T) long holds a prompt, equally long in each row, and then
@@ -367,7 +403,8 @@ def parse_args():
         help="same seed, device and dtype: same text (default: %(default)s)")
     add = parser.add_argument_group(
         "sampler", "With --infill the defaults are a step per hole, --temperature=0,\n"
-                   "--revise=0 and --remasking=low_confidence.").add_argument
+                   "--revise=0 and --remasking=low_confidence, and which characters are\n"
+                   "missing is estimated first: in a text without vowels, the vowels.").add_argument
     add("--steps", type=int, help="forward passes: fewer are faster, more are more readable "
                                   f"(default: {ENOUGH_STEPS} for each window of the model's block)")
     add("--temperature", type=float, help="0: greedy (it repeats itself); 1: the model's "
@@ -451,7 +488,7 @@ def make_page(args, chars, mask_id, block_size, record):
     return ids + [mask_id] * gen_length, hidden
 
 
-def make_sampler(args, model, generator, windows, record):
+def make_sampler(args, model, x, generator, windows, record):
     """-> fill and steps, for generate_pages."""
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     config, steps = model.config, args.steps
@@ -472,8 +509,12 @@ def make_sampler(args, model, generator, windows, record):
     if not settings["revise"]:
         steps = [min(n, n_masks) for n, (*_, n_masks) in zip(steps, windows)]
 
+
     def predictor(idx):  # the sampler's float64 stays off mps, which has none
         return model(idx.to(model.wte.weight.device)).to(idx.device)
+    if infill and record == 1:  # the cells of a puzzle are missing at random
+        rates = missing_rates(predictor, x[0], config.mask_id, config.block_size)
+        predictor = weighted(predictor, rates)
 
     def fill(x, window_steps):
         if tries == 1:
@@ -501,7 +542,7 @@ def generate(args):
     seeds = [int(torch.randint(2**63 - 1, (), generator=stream)) for _ in range(args.num_samples)]
     generator = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     windows = page_windows(x[0] == mask_id, block_size)
-    fill, window_steps = make_sampler(args, model, generator, windows, record)
+    fill, window_steps = make_sampler(args, model, x, generator, windows, record)
     steps = sum(window_steps)
 
     page, passes, animate = x[:, hidden:], 0, args.animate and sys.stdout.isatty()

@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -19,10 +20,12 @@ from conftest import (
     read_help,
 )
 
+import main as main_script
 from main import (
     REMASKING,
     frame,
     generate_pages,
+    missing_rates,
     page_windows,
     save_replay,
     share_steps,
@@ -481,6 +484,59 @@ def test_values_that_make_no_sense(bad):
 
 
 # -----------------------------------------------------------------------------
+# which tokens are missing
+
+
+def knowing(tokens, V, block_size, odds):
+    """A predictor that reads tokens (T,) in parts of block_size, one per call, and gives each right
+    answer odds times the probability of any other."""
+    parts = iter(tokens.split(block_size))
+
+    def model(x):
+        right = torch.nn.functional.one_hot(next(parts), V + 1)[None]      # (1, T, V + 1)
+        assert right.shape[:2] == x.shape
+        return right * math.log(odds)
+    return model
+
+
+def test_rates_find_the_tokens_that_were_taken_out():
+    """Even by a model that is wrong about most of them."""
+    V, tokens = 6, torch.randint(6, (600,), generator=seeded())
+    x = tokens.where(tokens > 1, V)
+    model = knowing(tokens, V, block_size=256, odds=2)
+    assert float(model(x[None, :256])[0, 0, :V].softmax(-1).max()) < 0.3
+    rates = missing_rates(knowing(tokens, V, 256, odds=2), x, V, block_size=256)
+    assert rates.shape == (V,) and (rates[:2] > 0.95).all() and (rates[2:] < 0.01).all()
+
+
+def test_rates_are_equal_where_tokens_are_missing_at_random():
+    """Then they change no answer: a factor of all probabilities alike."""
+    tokens = torch.arange(5).repeat_interleave(20)            # 20 of each
+    for missing in (1, 6, 20):                                # of each, up to all
+        x = tokens.where(torch.arange(100) % 20 >= missing, 5)
+        rates = missing_rates(knowing(tokens, 5, 100, odds=1e6), x, 5, block_size=100)
+        assert torch.allclose(rates, torch.tensor(5 * missing / 101).double())
+    tokens = tokens.repeat(10)
+    x = tokens.where(torch.rand(1000, generator=seeded()) >= 0.3, 5)       # almost equal
+    rates = missing_rates(knowing(tokens, 5, 1000, odds=1e6), x, 5, block_size=1000)
+    assert rates.max() / rates.min() < 1.1
+
+
+def test_rates_lie_between_the_share_and_each_token_s_own():
+    """The fixed point, where the model is certain: correlation c (0 to 1) of a beta-binomial
+    distribution by the method of moments, rate ((1 - c) * share + c * missing) / (1 - c + c * n)."""
+    tokens = torch.arange(2).repeat_interleave(50)            # 40 of the 0s are missing, 5 of the 1s
+    x = tokens.where((torch.arange(100) >= 40) & (torch.arange(100) < 95), 2)
+    rates = missing_rates(knowing(tokens, 2, 100, odds=1e12), x, 2, block_size=100)
+    share = 45 / 101
+    squares = (40 - share * 50) ** 2 + (5 - share * 50) ** 2
+    c = (squares / (share * (1 - share)) - 100) / (2 * 50**2)
+    assert 0.4 < c < 0.5
+    expected = [((1 - c) * share + c * missing) / (1 - c + c * 50) for missing in (40, 5)]
+    assert torch.allclose(rates, torch.tensor(expected).double(), atol=1e-6)
+
+
+# -----------------------------------------------------------------------------
 # pages longer than the model's block
 
 
@@ -719,6 +775,16 @@ def test_infill_brings_back_what_was_given(sample, tmp_path, monkeypatch, with_l
     for page in pages:
         assert "_" not in page
         assert re.fullmatch(text.rstrip("\n").replace("_", "(.|\n)") + "\n", page)
+
+
+def test_infill_notices_which_characters_are_missing(sample, monkeypatch):
+    text = ("NATHANIEL:\nPeter, didst ever see the like?\n\nPETER:\nHe kills her in her own humour."
+            "\n\nGRUMIO:\nWhere is he?\n\nCURTIS:\nIn her chamber, making a sermon of continency to "
+            "her;\nAnd rails, and swears, and rates, that she, poor soul,\n")
+    flags = (f"--infill={text.replace('e', '_')}", "--dtype=float32")
+    assert sample(*flags).out == text
+    monkeypatch.setattr(main_script, "missing_rates", lambda model, x, mask_id, _: torch.ones(mask_id))
+    assert sample(*flags).out != text
 
 
 def test_another_character_for_the_holes(sample, checkpoint):

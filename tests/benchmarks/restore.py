@@ -1,0 +1,85 @@
+"""
+How much of a damaged text comes back, and what is it worth to estimate which characters are
+missing (missing_rates of main.py)?
+
+    python tests/benchmarks/restore.py                              # the shipped model
+    python tests/benchmarks/restore.py --texts=109 --rows=vowels    # all of the validation text
+    python tests/benchmarks/restore.py --path=X --dtype=bfloat16    # or any other flags of main.py
+
+Texts of 1,024 characters are spread over the validation text of Tiny Shakespeare. Some of their
+characters are replaced by _, and main.py --infill fills the holes, with the rates and without. The
+shares restored exactly are of all holes, their standard errors over the texts.
+"""
+
+import argparse
+import io
+import math
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import main as sampler  # noqa: E402
+
+LENGTH = 1024
+SETS = {"vowels": "aeiouAEIOU", "e": "eE", "spaces": " ", "punctuation": ".,;:!?'-",
+        "consonants": "bcdfghjklmnpqrstvwxyzBCDFGHJKLMNPQRSTVWXYZ"}
+ROWS = (*SETS, "random 10 %", "random 30 %", "a gap of 32")
+
+
+def holes_of(row, text, generator):
+    """-> (length of text,) bool: what the row takes out."""
+    if row in SETS:
+        return np.array([char in SETS[row] for char in text])
+    if row.startswith("random"):
+        return generator.random(len(text)) < int(row.split()[1]) / 100
+    start = generator.integers(len(text) - 32)
+    return (np.arange(len(text)) >= start) & (np.arange(len(text)) < start + 32)
+
+
+def fill(text, flags):
+    """-> what main.py --infill prints."""
+    sys.argv = ["main.py", f"--infill={text}", *flags]
+    with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()):
+        sampler.generate(sampler.parse_args())
+    return output.getvalue()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=10, help="how many (default: %(default)s)")
+    parser.add_argument("--rows", default=",".join(ROWS), help="of the table (default: %(default)s)")
+    args, flags = parser.parse_known_args()
+    corpus = (ROOT / "data" / "shakespeare_char" / "input.txt").read_text(encoding="utf-8")
+    corpus = corpus[len(corpus) * 9 // 10:]                  # what prepare.py calls validation
+    starts = np.linspace(0, len(corpus) - LENGTH, args.texts).astype(int)
+    estimate, all_equal = sampler.missing_rates, lambda model, x, mask_id, _: torch.ones(mask_id)
+    print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.texts} texts\n\n"
+          "| missing | holes | restored without rates | with rates |\n|---|---|---|---|", flush=True)
+    for row in args.rows.split(","):
+        generator, right, holes = np.random.default_rng(0), {all_equal: [], estimate: []}, []
+        for start in starts:
+            text = np.array(list(corpus[start:start + LENGTH]))
+            hole = holes_of(row, text, generator)
+            holes.append(hole.sum())
+            for rates, of_text in right.items():
+                sampler.missing_rates = rates
+                filled = fill("".join(np.where(hole, "_", text)), flags)
+                of_text.append((np.array(list(filled[:LENGTH])) == text)[hole].sum())
+        cells = []
+        for of_text in right.values():
+            share = sum(of_text) / sum(holes)
+            deviations = np.array(of_text) - share * np.array(holes)
+            se = math.sqrt(len(holes)) * deviations.std(ddof=1) / sum(holes)  # of a ratio
+            cells.append(f"{share:.4f} ± {se:.4f}")
+        print(f"| {row} | {sum(holes):,} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
