@@ -35,12 +35,12 @@ from tokenizer import decode, encode
 SHIPPED = Path(__file__).resolve().parent / "pretrained_gpt_last.pt"
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "replay.html"
 REMASKING = ("random", "dilated", "low_confidence")
-DEFAULTS = dict(temperature=0.8, remasking="dilated", revise=0.3, block_length=None, cfg_scale=0.0)
+DEFAULTS = dict(temperature=0.65, remasking="dilated", revise=0.2, block_length=None, cfg_scale=0.0)
 INFILL_DEFAULTS = dict(DEFAULTS, temperature=0.0, remasking="low_confidence", revise=0.0)
 TWIN_DEFAULTS = dict(temperature=0.8)
 PUZZLE_TRIES = 16           # for --infill, of a model of records
 LARGEST = 10_000_000        # tokens of all pages together
-ENOUGH_STEPS = 16           # forward passes for a window of the model's block_size
+ENOUGH_STEPS = 14           # forward passes for a window of the model's block_size
 
 
 # -----------------------------------------------------------------------------
@@ -408,10 +408,10 @@ def parse_args():
     add("--steps", type=int, help="forward passes: fewer are faster, more are more readable "
                                   f"(default: {ENOUGH_STEPS} for each window of the model's block)")
     add("--temperature", type=float, help="0: greedy (it repeats itself); 1: the model's "
-                                          "distribution (default: 0.8)")
+                                          "distribution (default: 0.65; of a twin 0.8)")
     add("--revise", type=float, help="fraction of the text that the second half of the steps "
                                      "begins to rewrite, then less and less; 0 disables it "
-                                     "(default: 0.3)")
+                                     "(default: 0.2)")
     add("--remasking", choices=REMASKING, help="which predictions a step keeps: random, spread "
                                                "apart, or most confident (default: dilated)")
     add("--tries", type=int, help="for --infill: while the model is not sure of all that it wrote, "

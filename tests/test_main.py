@@ -523,9 +523,9 @@ def test_rates_are_equal_where_tokens_are_missing_at_random():
 
 
 def test_rates_lie_between_the_share_and_each_token_s_own():
-    """The fixed point, where the model is certain: correlation c (0 to 1) of a beta-binomial
-    distribution by the method of moments, rate ((1 - c) * share + c * missing) / (1 - c + c * n)."""
-    tokens = torch.arange(2).repeat_interleave(50)            # 40 of the 0s are missing, 5 of the 1s
+    """Where the model is certain: correlation c of a beta-binomial distribution by the method of
+    moments, and ((1 - c) * share + c * missing) / (1 - c + c * n) of n tokens."""
+    tokens = torch.arange(2).repeat_interleave(50)  # 40 of the 0s are missing, and 5 of the 1s
     x = tokens.where((torch.arange(100) >= 40) & (torch.arange(100) < 95), 2)
     rates = missing_rates(knowing(tokens, 2, 100, odds=1e12), x, 2, block_size=100)
     share = 45 / 101
@@ -706,7 +706,7 @@ def test_stdout_is_the_text_and_nothing_else(sample, checkpoint):
     for page in (first, second):
         assert re.fullmatch("hello [a-z ]{18}\n", page)
     assert first != second
-    assert "16 steps, 36 characters" in result.err and "characters/s" in result.err
+    assert "14 steps, 36 characters" in result.err and "characters/s" in result.err
     assert sample(f"--path={checkpoint}", *flags).out == result.out
     assert sample(f"--path={checkpoint}", *flags, "--seed=2").out != result.out
 
@@ -779,11 +779,11 @@ def test_infill_brings_back_what_was_given(sample, tmp_path, monkeypatch, with_l
 
 def test_infill_notices_which_characters_are_missing(sample, monkeypatch):
     text = ("NATHANIEL:\nPeter, didst ever see the like?\n\nPETER:\nHe kills her in her own humour."
-            "\n\nGRUMIO:\nWhere is he?\n\nCURTIS:\nIn her chamber, making a sermon of continency to "
-            "her;\nAnd rails, and swears, and rates, that she, poor soul,\n")
+            "\n\nGRUMIO:\nWhere is he?\n\nCURTIS:\nIn her chamber, making a sermon of continency "
+            "to her;\nAnd rails, and swears, and rates, that she, poor soul,\n")
     flags = (f"--infill={text.replace('e', '_')}", "--dtype=float32")
     assert sample(*flags).out == text
-    monkeypatch.setattr(main_script, "missing_rates", lambda model, x, mask_id, _: torch.ones(mask_id))
+    monkeypatch.setattr(main_script, "missing_rates", lambda _, x, mask_id, __: torch.ones(mask_id))
     assert sample(*flags).out != text
 
 
@@ -800,9 +800,9 @@ def test_longer_than_the_block(sample, checkpoint):
     result = sample(f"--path={checkpoint}", "--gen_length=100", "--prompt=hello ", "--steps=50")
     assert result.code == 0 and len(result.out) == 107 and result.out.startswith("hello "), result
     assert "50 steps, 100 characters" in result.err
-    # the first window, of 24 characters, has the 16 steps of the default, and 18 of 12 have 12 each
+    # the first window, of 24 characters, has the 14 steps of the default, and 18 of 12 have 12 each
     default = sample(f"--path={checkpoint}", "--gen_length=240")
-    assert re.match(r"\[232 steps, 240 characters", default.err), default.err
+    assert re.match(r"\[230 steps, 240 characters", default.err), default.err
     prompt = "the quick brown fox jumps over the lazy dog"  # longer than the block
     assert sample(f"--path={checkpoint}", f"--prompt={prompt}").out.startswith(prompt)
 

@@ -54,14 +54,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=10, help="how many (default: %(default)s)")
-    parser.add_argument("--rows", default=",".join(ROWS), help="of the table (default: %(default)s)")
+    parser.add_argument("--rows", default=",".join(ROWS),
+                        help="of the table, between commas (default: %(default)s)")
     args, flags = parser.parse_known_args()
     corpus = (ROOT / "data" / "shakespeare_char" / "input.txt").read_text(encoding="utf-8")
     corpus = corpus[len(corpus) * 9 // 10:]                  # what prepare.py calls validation
     starts = np.linspace(0, len(corpus) - LENGTH, args.texts).astype(int)
     estimate, all_equal = sampler.missing_rates, lambda model, x, mask_id, _: torch.ones(mask_id)
-    print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.texts} texts\n\n"
-          "| missing | holes | restored without rates | with rates |\n|---|---|---|---|", flush=True)
+    print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.texts} texts\n\n| missing | "
+          "holes | restored without rates | with rates |\n|---|---|---|---|", flush=True)
     for row in args.rows.split(","):
         generator, right, holes = np.random.default_rng(0), {all_equal: [], estimate: []}, []
         for start in starts:

@@ -30,14 +30,14 @@ from train import TrainConfig, load_data  # noqa: E402
 
 SCORES = (JUDGED, "corpus words", DISTINCT)
 RULES = [  # what unmask is given, and with which numbers of steps
-    (dict(remasking="random", temperature=0.6), (16, 32, 64)),
+    (dict(remasking="random", temperature=0.6), (14, 32, 64)),
     (dict(remasking="random", temperature=1.0), (256,)),
-    (dict(remasking="low_confidence", temperature=0.8), (16, 32, 64)),
-    (dict(remasking="dilated", temperature=0.6), (16,)),
-    (dict(remasking="random", temperature=0.8, revise=0.3), (16,)),
-    (dict(remasking="dilated", temperature=0.8, revise=0.3), (12, 16, 24, 32, 64)),
-    (dict(remasking="dilated", temperature=1.0, revise=0.3), (16, 32)),
-    (dict(remasking="dilated", temperature=0.8, revise=0.5), (16,)),
+    (dict(remasking="low_confidence", temperature=0.8), (14, 32, 64)),
+    (dict(remasking="dilated", temperature=0.6), (14,)),
+    (dict(remasking="random", temperature=0.65, revise=0.2), (14,)),
+    (dict(remasking="dilated", temperature=0.65, revise=0.2), (10, 14, 20, 32, 64)),
+    (dict(remasking="dilated", temperature=0.8, revise=0.3), (16, 32, 64)),
+    (dict(remasking="dilated", temperature=1.0, revise=0.3), (32,)),
 ]
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)  # of the twin
 
