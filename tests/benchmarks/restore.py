@@ -61,8 +61,9 @@ def main():
     corpus = corpus[len(corpus) * 9 // 10:]                  # what prepare.py calls validation
     starts = np.linspace(0, len(corpus) - LENGTH, args.texts).astype(int)
     estimate, all_equal = sampler.missing_rates, lambda model, x, mask_id, _: torch.ones(mask_id)
-    print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.texts} texts\n\n| missing | "
-          "holes | restored without rates | with rates |\n|---|---|---|---|", flush=True)
+    print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.texts} texts\n\n"
+          "| missing | holes | restored without rates | with rates |\n" + "|---" * 4 + "|",
+          flush=True)
     for row in args.rows.split(","):
         generator, right, holes = np.random.default_rng(0), {all_equal: [], estimate: []}, []
         for start in starts:
