@@ -236,27 +236,31 @@ def certainty(model, x, written, mask_id):
 
 @torch.no_grad()
 def missing_rates(model, x, mask_id, block_size):
-    """Estimate for every token which share of it is missing from a text x (T,) long, mask_id where
-    something is missing. Where the vowels were taken out, it is near 1 for vowels and near 0 for
-    the rest. In training it is the same for all tokens. Where it is not, Bayes' rule gives the
-    probability of a token in a hole: the model's p(token | the rest), times the token's rate,
-    divided by the sum of these products. -> (mask_id,) float64.
+    """Estimate for every token what share of its occurrences is missing from a text x (T,) long,
+    which has mask_id where a token is missing: near 1 for vowels and near 0 for the rest, if the
+    vowels were taken out. In training, the model sees tokens missing at random, at equal rates. If
+    the rates differ, Bayes' rule makes the probability of a token in a hole, approximately, the
+    model's p(token | what is left) times the token's rate, divided by the sum of these products.
+    A model that does not know the kind of text misleads the estimate. -> (mask_id,) float64.
 
     Expectation maximization (Dempster et al., 1977): count every token in what is left and, as the
     model and the rates so far expect it, in the holes; compute the rates from the counts; repeat.
     """
     masked = x == mask_id                                                 # (T,), M of them
     logits = torch.cat([predict(model, part[None], None, mask_id, cfg_scale=0)
-                        for part in x.split(block_size)])                 # (M, mask_id)
-    p, left = logits.softmax(dim=-1), x[~masked].bincount(minlength=mask_id)
-    share = masked.double().sum() / (len(x) + 1)
+                        for part in x.split(block_size) if (part == mask_id).any()])
+    p = logits.softmax(dim=-1)                                            # (M, mask_id)
+    left = x[~masked].bincount(minlength=mask_id)                         # (mask_id,)
+    share = masked.double().sum() / (len(x) + 1)                          # less than 1
     rates = torch.ones_like(p[0])                                         # (mask_id,)
     for _ in range(10):
         weights = p * rates
         missing = (weights / weights.sum(dim=1, keepdim=True)).sum(dim=0)
         total = left + missing
-        # 0: tokens are missing at random; 1: of each, all or none. It is the correlation between
-        # places with the same token, estimated from the variance of a beta-binomial distribution.
+        # 0: tokens are missing at random; 1: all of a token or none of it. It is the correlation
+        # between places with the same token: the variance of a beta-binomial distribution is
+        # share * (1 - share) * total * (1 + correlation * (total - 1)), here without the last - 1.
+        # At most 0.95, so that no token is ruled out.
         correlation = ((missing - share * total) ** 2).sum() / (share * (1 - share)) - len(x)
         correlation = (correlation / (total ** 2).sum()).clamp(0, 0.95)
         rates = (1 - correlation) * share + correlation * missing
@@ -265,8 +269,8 @@ def missing_rates(model, x, mask_id, block_size):
 
 
 def weighted(model, rates):
-    """-> a mask predictor whose probabilities are those of model times rates (mask_id,)."""
-    log_rates = F.pad(rates.log(), (0, 1))                                # and of [MASK]
+    """-> a mask predictor whose probabilities are model's times rates (mask_id,), normalized."""
+    log_rates = F.pad(rates.log(), (0, 1))                                # (vocab_size,)
     return lambda idx: model(idx) + log_rates
 
 

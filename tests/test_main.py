@@ -30,6 +30,7 @@ from main import (
     save_replay,
     share_steps,
     unmask,
+    weighted,
 )
 from model import GPT, GPTConfig, save_checkpoint
 
@@ -507,6 +508,15 @@ def test_rates_find_the_tokens_that_were_taken_out():
     assert float(model(x[None, :256])[0, 0, :V].softmax(-1).max()) < 0.3
     rates = missing_rates(knowing(tokens, V, 256, odds=2), x, V, block_size=256)
     assert rates.shape == (V,) and (rates[:2] > 0.95).all() and (rates[2:] < 0.01).all()
+    assert (rates > 1e-4).all()                               # and none is ruled out
+
+
+def test_weighted_probabilities_are_in_proportion_to_the_rates():
+    rates = torch.tensor([0.5, 1.0, 0.25]).double()
+    logits = torch.randn(2, 5, 4, generator=seeded())
+    p = weighted(lambda idx: logits, rates)(None)[..., :3].softmax(-1)
+    expected = logits[..., :3].softmax(-1) * rates
+    assert torch.allclose(p, expected / expected.sum(-1, keepdim=True))
 
 
 def test_rates_are_equal_where_tokens_are_missing_at_random():
@@ -785,6 +795,19 @@ def test_infill_notices_which_characters_are_missing(sample, monkeypatch):
     assert sample(*flags).out == text
     monkeypatch.setattr(main_script, "missing_rates", lambda _, x, mask_id, __: torch.ones(mask_id))
     assert sample(*flags).out != text
+
+
+def test_only_the_holes_of_a_text_are_weighted(sample, monkeypatch, with_line_ends, tmp_path):
+    """Neither the masks of a page to be written nor the empty cells of a puzzle."""
+    calls = []
+    monkeypatch.setattr(main_script, "missing_rates",
+                        lambda _, x, mask_id, __: calls.append(x) or torch.ones(mask_id))
+    assert sample(f"--path={with_line_ends}", "--prompt=a").code == 0 and not calls
+    assert sample(f"--path={with_line_ends}", "--infill=a_b").code == 0 and len(calls) == 1
+    torch.manual_seed(0)
+    sizes = dict(n_layer=1, n_head=1, n_embd=8)
+    save_checkpoint(tmp_path / "puzzle.pt", GPT(GPTConfig(12, 4, **sizes)), list("ab\n"), record=3)
+    assert sample(f"--path={tmp_path}/puzzle.pt", "--infill=a_").code == 0 and len(calls) == 1
 
 
 def test_another_character_for_the_holes(sample, checkpoint):

@@ -41,11 +41,11 @@ TWIN = (0.6, 0.7, 0.8, 0.9, 1.0)  # temperatures
 DIFFUSION = [  # unmask's arguments
     dict(remasking="low_confidence", temperature=1.0, steps=64),
     dict(remasking="random", temperature=0.7, steps=64),
-    dict(remasking="dilated", temperature=1.0, steps=24, revise=0.3),
     dict(remasking="dilated", temperature=1.0, steps=32, revise=0.3),
     dict(remasking="dilated", temperature=0.8, steps=16, revise=0.3),
-    dict(remasking="dilated", temperature=0.8, steps=32, revise=0.3),
-    dict(remasking="dilated", temperature=0.8, steps=64, revise=0.3),
+    dict(remasking="dilated", temperature=0.65, steps=14, revise=0.2),
+    dict(remasking="dilated", temperature=0.65, steps=32, revise=0.2),
+    dict(remasking="dilated", temperature=0.65, steps=64, revise=0.2),
 ]
 HOLES = [("random", share) for share in (0.10, 0.25, 0.50, 0.75)]
 HOLES += [("span", length) for length in (1, 2, 4, 8, 16, 32)]
