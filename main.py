@@ -257,10 +257,10 @@ def missing_rates(model, x, mask_id, block_size):
         weights = p * rates
         missing = (weights / weights.sum(dim=1, keepdim=True)).sum(dim=0)
         total = left + missing
-        # 0: tokens are missing at random; 1: all of a token or none of it. It is the correlation
-        # between places with the same token: the variance of a beta-binomial distribution is
-        # share * (1 - share) * total * (1 + correlation * (total - 1)), here without the last - 1.
-        # At most 0.95, so that no token is ruled out.
+        # The correlation between places with the same token: 0 if tokens are missing at random, 1
+        # if all of a token is missing or none. Of a beta-binomial distribution, (missing - share *
+        # total)**2 is on average share * (1 - share) * total * (1 + correlation * (total - 1)).
+        # Here that total - 1 is simply total. At most 0.95, so that no token is ruled out.
         correlation = ((missing - share * total) ** 2).sum() / (share * (1 - share)) - len(x)
         correlation = (correlation / (total ** 2).sum()).clamp(0, 0.95)
         rates = (1 - correlation) * share + correlation * missing
@@ -492,7 +492,7 @@ def make_page(args, chars, mask_id, block_size, record):
     return ids + [mask_id] * gen_length, hidden
 
 
-def make_sampler(args, model, x, generator, windows, record):
+def make_sampler(args, model, page, generator, windows, record):
     """-> fill and steps, for generate_pages."""
     chosen = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     config, steps = model.config, args.steps
@@ -513,11 +513,10 @@ def make_sampler(args, model, x, generator, windows, record):
     if not settings["revise"]:
         steps = [min(n, n_masks) for n, (*_, n_masks) in zip(steps, windows)]
 
-
     def predictor(idx):  # the sampler's float64 stays off mps, which has none
         return model(idx.to(model.wte.weight.device)).to(idx.device)
     if infill and record == 1:  # the cells of a puzzle are missing at random
-        rates = missing_rates(predictor, x[0], config.mask_id, config.block_size)
+        rates = missing_rates(predictor, page, config.mask_id, config.block_size)
         predictor = weighted(predictor, rates)
 
     def fill(x, window_steps):
@@ -546,11 +545,12 @@ def generate(args):
     seeds = [int(torch.randint(2**63 - 1, (), generator=stream)) for _ in range(args.num_samples)]
     generator = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     windows = page_windows(x[0] == mask_id, block_size)
-    fill, window_steps = make_sampler(args, model, x, generator, windows, record)
+    started = time.perf_counter()
+    fill, window_steps = make_sampler(args, model, x[0], generator, windows, record)
     steps = sum(window_steps)
 
     page, passes, animate = x[:, hidden:], 0, args.animate and sys.stdout.isatty()
-    states, started = [page], time.perf_counter()
+    states = [page]
     bar = tqdm(total=steps, desc="unmasking", unit="step", leave=False, delay=0.1,
                disable=animate or None)  # None: unless stderr is a terminal
     with own_screen() if animate else nullcontext(), bar:

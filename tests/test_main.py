@@ -544,6 +544,7 @@ def test_rates_lie_between_the_share_and_each_token_s_own():
     assert 0.4 < c < 0.5
     expected = [((1 - c) * share + c * missing) / (1 - c + c * 50) for missing in (40, 5)]
     assert torch.allclose(rates, torch.tensor(expected).double(), atol=1e-6)
+    assert share < rates[0] < 40 / 50 and 5 / 50 < rates[1] < share
 
 
 # -----------------------------------------------------------------------------
@@ -690,10 +691,10 @@ def test_a_replay_shows_what_is_masked_again(tmp_path):
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
-def save_gpt(path, chars, block_size):
+def save_gpt(path, chars, block_size, **info):
     torch.manual_seed(0)
     sizes = dict(n_layer=1, n_head=1, n_embd=8)
-    save_checkpoint(path, GPT(GPTConfig(block_size, len(chars) + 1, **sizes)), chars)
+    save_checkpoint(path, GPT(GPTConfig(block_size, len(chars) + 1, **sizes)), chars, **info)
     return path
 
 
@@ -792,9 +793,12 @@ def test_infill_notices_which_characters_are_missing(sample, monkeypatch):
             "\n\nGRUMIO:\nWhere is he?\n\nCURTIS:\nIn her chamber, making a sermon of continency "
             "to her;\nAnd rails, and swears, and rates, that she, poor soul,\n")
     flags = (f"--infill={text.replace('e', '_')}", "--dtype=float32")
-    assert sample(*flags).out == text
+
+    def wrong():
+        return sum(a != b for a, b in zip(sample(*flags).out, text, strict=True))
+    with_rates = wrong()
     monkeypatch.setattr(main_script, "missing_rates", lambda _, x, mask_id, __: torch.ones(mask_id))
-    assert sample(*flags).out != text
+    assert with_rates <= 1 and wrong() >= 3
 
 
 def test_only_the_holes_of_a_text_are_weighted(sample, monkeypatch, with_line_ends, tmp_path):
@@ -804,10 +808,8 @@ def test_only_the_holes_of_a_text_are_weighted(sample, monkeypatch, with_line_en
                         lambda _, x, mask_id, __: calls.append(x) or torch.ones(mask_id))
     assert sample(f"--path={with_line_ends}", "--prompt=a").code == 0 and not calls
     assert sample(f"--path={with_line_ends}", "--infill=a_b").code == 0 and len(calls) == 1
-    torch.manual_seed(0)
-    sizes = dict(n_layer=1, n_head=1, n_embd=8)
-    save_checkpoint(tmp_path / "puzzle.pt", GPT(GPTConfig(12, 4, **sizes)), list("ab\n"), record=3)
-    assert sample(f"--path={tmp_path}/puzzle.pt", "--infill=a_").code == 0 and len(calls) == 1
+    puzzle = save_gpt(tmp_path / "puzzle.pt", "ab\n", 12, record=3)
+    assert sample(f"--path={puzzle}", "--infill=a_").code == 0 and len(calls) == 1
 
 
 def test_another_character_for_the_holes(sample, checkpoint):

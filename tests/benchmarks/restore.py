@@ -3,12 +3,13 @@ How much of a damaged text comes back, and what is it worth to estimate which ch
 missing (missing_rates of main.py)?
 
     python tests/benchmarks/restore.py                              # the shipped model
-    python tests/benchmarks/restore.py --texts=109 --rows=vowels    # all of the validation text
+    python tests/benchmarks/restore.py --texts=40 --rows=vowels
     python tests/benchmarks/restore.py --path=X --dtype=bfloat16    # or any other flags of main.py
 
-Texts of 1,024 characters are spread over the validation text of Tiny Shakespeare. Some of their
-characters are replaced by _, and main.py --infill fills the holes, with the rates and without. The
-shares restored exactly are of all holes, their standard errors over the texts.
+Texts of 1,024 characters are spread over the validation text of Tiny Shakespeare, which must be
+prepared. Some of their characters are replaced by _, and main.py --infill fills the holes, with the
+rates and without. The shares restored exactly are of all holes, their standard errors over the
+texts.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import main as sampler  # noqa: E402
+from tokenizer import decode  # noqa: E402
+from train import TrainConfig, load_data  # noqa: E402
 
 LENGTH = 1024
 SETS = {"vowels": "aeiouAEIOU", "e": "eE", "spaces": " ", "punctuation": ".,;:!?'-"}
@@ -56,8 +58,8 @@ def main():
     parser.add_argument("--rows", default=",".join(ROWS),
                         help="of the table, between commas (default: %(default)s)")
     args, flags = parser.parse_known_args()
-    corpus = (ROOT / "data" / "shakespeare_char" / "input.txt").read_text(encoding="utf-8")
-    corpus = corpus[len(corpus) * 9 // 10:]                  # what prepare.py calls validation
+    _, val_data, chars = load_data(TrainConfig(), LENGTH)
+    corpus = decode(val_data, chars)
     starts = np.linspace(0, len(corpus) - LENGTH, args.texts).astype(int)
     estimate, all_equal = sampler.missing_rates, lambda model, x, mask_id, _: torch.ones(mask_id)
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.texts} texts\n\n"
