@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (check, load_checkpoint, one_line_errors, open_streams, parse, pick_device,
-                   pick_dtype, regular_file, resolve_path, stop_signals, write_atomically)
+from common import (check, one_line_errors, open_streams, parse, regular_file, stop_signals,
+                    write_atomically)
+from model import load_checkpoint, pick_device, pick_dtype, resolve_path
 from tokenizer import decode, encode
 
 SHIPPED = Path(__file__).resolve().parent / "pretrained_gpt_last.pt"
@@ -70,19 +71,20 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     check_arguments(x, steps, temperature, remasking, block_length, cfg_scale, revise, generator)
     given = x != mask_id                                                  # (B, T)
     order = writing_order(remasking, x, generator)                        # (B, T) in [0, 1)
+    block = ((~given).cumsum(dim=1) - 1) // (block_length or x.shape[1])  # (B, T): 0, 1, ...
     p_written = torch.full(x.shape, torch.inf, dtype=torch.float64, device=x.device)
     for num_revised, num_transfer_tokens in schedule(~given, steps, block_length, revise):
         if num_revised is not None:
             x = torch.where(choose_revised(p_written, num_revised, generator), mask_id, x)
             yield x
         masked = x == mask_id                                             # (B, T), M of them
-        logits = predict(model, x, given, mask_id, cfg_scale)             # (M, mask_id)
+        logits = predict(model, x, mask_id, given, cfg_scale)             # (M, mask_id)
         drawn = sample(logits, masked.sum(dim=1).tolist(), temperature, generator)          # (M,)
         drawn_p = logits.softmax(dim=-1).gather(-1, drawn[:, None])[:, 0]                   # (M,)
         x0 = x.masked_scatter(masked, drawn)                              # (B, T)
         x0_p = torch.zeros_like(p_written).masked_scatter(masked, drawn_p)                  # (B, T)
         confidence = x0_p if remasking == "low_confidence" else order
-        confidence = confidence - block_of(~given, block_length)          # an earlier block first
+        confidence = confidence - block                                   # an earlier block first
         confidence = torch.where(masked, confidence, -torch.inf)
         transfer_index = highest(confidence, num_transfer_tokens)         # (B, T) bool
         x = torch.where(transfer_index, x0, x)
@@ -104,7 +106,7 @@ def check_arguments(x, steps, temperature, remasking, block_length, cfg_scale, r
           f"generators must be one per row, {len(x)}")
 
 
-def predict(model, x, given, mask_id, cfg_scale):
+def predict(model, x, mask_id, given=None, cfg_scale=0.0):
     """The model's logits where x has masks, (M, mask_id) in float64. [MASK] is never an answer.
     With guidance, away from what the model says when the given tokens are masked, too."""
     masked = x == mask_id
@@ -146,7 +148,7 @@ def sample(logits, counts, temperature, generator):
 
 
 def highest(score, count):
-    """score (B, T), count (B, 1) -> (B, T) bool: where the count highest of each row are."""
+    """score (B, T), count (B, 1) -> (B, T) bool: True at the count highest scores of each row."""
     return score.argsort(dim=1, descending=True).argsort(dim=1) < count
 
 
@@ -158,11 +160,6 @@ def writing_order(remasking, x, generator):
         multiples = torch.arange(T, device=x.device) * ((math.sqrt(5) - 1) / 2)
         return (multiples + uniform([1] * B, 1, generator, x.device)) % 1
     return uniform([1] * B, T, generator, x.device)
-
-
-def block_of(masked, block_length):
-    """masked (B, T) bool, where masks were at first -> (B, T), the number of each mask's block."""
-    return (masked.cumsum(dim=1) - 1) // (block_length or masked.shape[1])
 
 
 def choose_revised(p_written, count, generator):
@@ -184,7 +181,7 @@ def schedule(masked, steps, block_length, revise):
     n_blocks = math.ceil(longest / block_length) if longest else 0
     passes, waiting = [], 0
     for i in range(n_blocks):
-        # with fewer steps than blocks, a block waits for the next one that gets a step
+        # with fewer steps than blocks, a block without a step is written with the next that has one
         waiting = waiting + (n_masks - i * block_length).clamp(0, block_length)
         block_steps = draft * (i + 1) // n_blocks - draft * i // n_blocks
         for step in range(block_steps):  # evenly; the first steps take the remainder, as in LLaDA
@@ -200,9 +197,9 @@ def schedule(masked, steps, block_length, revise):
 def unmask_until_sure(model, x, mask_id, steps, tries, temperature=0.0, sure=0.999, **settings):
     """unmask for puzzles, whose right answers are certain. If the certainty of a filled row is less
     than sure, a guess was probably wrong: the row is masked again and filled anew, until it is sure
-    or has had so many tries. Its surest try is the answer. The tries after the first have
-    temperature 3: with low_confidence, what is certain is written first all the same, and guesses
-    differ. An iterator like unmask, which the settings go to."""
+    or has had so many tries. Its surest try is the answer. Later tries have temperature
+    3, so that their guesses differ; with low_confidence, what is certain is still written first. An
+    iterator like unmask, which the settings go to."""
     masked = x == mask_id                                                 # (B, T)
     best, surest = x, torch.full((len(x),), -1.0, dtype=torch.float64, device=x.device)
     for attempt in range(tries):
@@ -229,7 +226,7 @@ def certainty(model, x, written, mask_id):
     p = torch.ones(x.shape, dtype=torch.float64, device=x.device)
     for quarter in range(4):
         masked = written & (written.cumsum(dim=1) % 4 == quarter)
-        logits = predict(model, torch.where(masked, mask_id, x), ~masked, mask_id, cfg_scale=0)
+        logits = predict(model, torch.where(masked, mask_id, x), mask_id)
         p[masked] = logits.softmax(dim=-1).gather(-1, x[masked][:, None])[:, 0]
     return p.amin(dim=1)
 
@@ -247,7 +244,7 @@ def missing_rates(model, x, mask_id, block_size):
     model and the rates so far expect it, in the holes; compute the rates from the counts; repeat.
     """
     masked = x == mask_id                                                 # (T,), M of them
-    logits = torch.cat([predict(model, part[None], None, mask_id, cfg_scale=0)
+    logits = torch.cat([predict(model, part[None], mask_id)
                         for part in x.split(block_size) if (part == mask_id).any()])
     p = logits.softmax(dim=-1)                                            # (M, mask_id)
     left = x[~masked].bincount(minlength=mask_id)                         # (mask_id,)
@@ -325,14 +322,9 @@ def generate_pages(fill, x, mask_id, windows, steps):
         for state in fill(x[:, start:end], window_steps):
             x = torch.cat([x[:, :start], state, x[:, end:]], dim=1)
             yield x
-        if count_masks(page[:, keep:end], mask_id):
+        if (page[:, keep:end] == mask_id).any():
             x = torch.cat([x[:, :keep], page[:, keep:]], dim=1)
             yield x
-
-
-def count_masks(x, mask_id):
-    """Of the row that has the most."""
-    return int((x == mask_id).sum(dim=1).max())
 
 
 # -----------------------------------------------------------------------------
@@ -439,8 +431,8 @@ def parse_args():
 
 
 def read_text(flag, value, files):
-    """--prompt or --infill: - is standard input; with files, what has the name of a file, such as
-    play.txt, is one; anything else is the text itself."""
+    """--prompt or --infill: - is standard input. With files, what names a file, or looks like the
+    name of one (play.txt), is read from it. Anything else is the text itself."""
     path = os.path.expanduser(value)
     named = files and (os.path.exists(path) and not os.path.isdir(path)
                        or re.fullmatch(r"\S+\.[A-Za-z]\w*", value))
@@ -558,7 +550,7 @@ def generate(args):
             show(page, page, mask_id, chars, f"step 0 of {steps}")
         for x in generate_pages(fill, x, mask_id, windows, window_steps):
             before, page = page, x[:, hidden:]
-            if count_masks(page, mask_id) < count_masks(before, mask_id):  # else: masked again
+            if (page == mask_id).sum() < (before == mask_id).sum():  # else: masked again
                 passes += 1
                 bar.update()
             if animate:

@@ -12,19 +12,13 @@ embedding: given the visible tokens, the best prediction of a masked one does no
 (RADD, arXiv 2406.03736, theorem 1).
 """
 
-import math
-import errno
 import io
+import math
 import os
 import re
-import secrets
-import shutil
-import signal
-import sys
 import timeit
 import warnings
 import zipfile
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -32,11 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-def check(condition, message):
-    """Raise ValueError(message) unless condition holds."""
-    if not condition:
-        raise ValueError(message)
+from common import check, regular_file, write_atomically
 
 
 @dataclass
@@ -49,7 +39,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False      # biases in Linears and LayerNorms, as in GPT-2
     rope: bool = True       # rotary positions; False: GPT-2's learned ones, which are slow to learn
-    qk_norm: bool = True    # queries and keys of unit mean square: half the iterations to a NELBO
+    qk_norm: bool = True    # queries and keys of unit mean square: learns in half the iterations
     causal: bool = False    # True: the autoregressive twin, which sees only what is to the left
 
     def __post_init__(self):
@@ -198,28 +188,6 @@ def resolve_path(name):
     return path if path.suffix else path.with_name(path.name + ".pt")
 
 
-def write_atomically(path, data):
-    """Write bytes to a new temporary file beside path, flush it to disk, and rename it to path:
-    whenever the process dies, path is either the old file or the new one, whole. An old file's mode
-    is kept. OSError if path can't be written or is no regular file (a folder, a device, a pipe)."""
-    path = Path(os.path.realpath(path))
-    tmp = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        with open(tmp, "xb") as f:  # x: never an existing file, nor through a link
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists():
-            shutil.copymode(path, tmp)
-        os.replace(tmp, path)
-    except OSError as e:
-        raise OSError(f"{path} can't be written: {e.strerror}") from e
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
 def write_file(path, content):
     """torch.save, atomically."""
     buffer = io.BytesIO()
@@ -238,16 +206,6 @@ def save_checkpoint(path, model, chars, **info):
         "info": {**info, "torch_version": str(torch.__version__)},
     }
     write_file(path, checkpoint)
-
-
-def regular_file(path):
-    """-> path, a Path. OSError if it is no file, or none that can be read again and has an end."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if not path.is_file():
-        raise OSError(f"{path} is a folder, a device or a pipe; a regular file is needed")
-    return path
 
 
 def read_file(path):
@@ -293,7 +251,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 # -----------------------------------------------------------------------------
-# the device and dtype it runs on, and how the scripts end
+# the device and dtype it runs on
 
 def pick_device(name="auto"):
     """auto | cpu | cuda | cuda:N | mps -> (torch.device, why). ValueError if it does not work."""
@@ -326,71 +284,11 @@ def pick_dtype(name, device):
         return torch.float16, "the GPU has no bfloat16"
     if device.type == "mps":
         return torch.float32, "the safe choice on mps"
+
     def seconds(dtype):
         a = torch.ones(512, 512, dtype=dtype)
         return min(timeit.repeat(lambda: a @ a, number=1, repeat=4))
-
     # some CPUs have bfloat16 units and train about twice as fast with them; others emulate them
     ratio = seconds(torch.bfloat16) / seconds(torch.float32)
     why = f"a bfloat16 matrix product takes {ratio:.2f}x the time of a float32 one on this CPU"
     return (torch.bfloat16 if ratio < 1 / 1.5 else torch.float32), why
-
-
-def fail(message):
-    """Bad input: one line on stderr, exit status 2."""
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
-    sys.exit(2)
-
-
-def open_streams(encoding=None):
-    """Make standard output and error fit to print to: one may be closed, be a notebook's, or have
-    an encoding without some of our characters."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
-        setattr(sys, name, stream)
-
-
-def parse(parser, argv=None):
-    """parse_args, with one line for bad flags."""
-    parser.error = fail  # without the usage
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        check(value != [], f"--{name} needs a value, not --")  # argparse's answer to --seed=--
-    return args
-
-
-def stop_signals():
-    """The signals that ask a script to stop: Ctrl-C, a scheduler's SIGTERM, and a closed terminal's
-    SIGHUP, unless nohup has it ignored."""
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signals.append(signal.SIGHUP)  # Windows has none
-    return signals
-
-
-@contextmanager
-def one_line_errors(advice, rank=0):
-    """What a user can cause ends a script in one line: bad input, files, Ctrl-C, or too little
-    memory; advice says how to need less of it. Of several processes, each of which finds the same
-    bad input, the first one alone says so."""
-    try:
-        yield
-    except (OSError, ValueError) as e:
-        try:
-            sys.stdout.flush()
-        except OSError:  # standard output is what failed; it must not fail again at the end
-            sys.stdout = open(os.devnull, "w")
-        fail(e) if rank == 0 else sys.exit(2)
-    except (MemoryError, OverflowError):
-        fail(f"out of memory: {advice}")
-    except RuntimeError as e:
-        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            fail(f"--compile does not work here ({reason}): leave it out")
-        if not re.search("out of memory|allocate memory", str(e)):  # of CUDA, of the CPU
-            raise
-        fail(f"out of memory: {advice}")
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -14,7 +14,6 @@ piece, repeat.
 
 import heapq
 import re
-import sys
 from array import array
 from collections import Counter, defaultdict
 
@@ -94,18 +93,12 @@ def encode(text, vocab, holes="", mask_id=None):
     becomes mask_id; the text on either side of it is encoded by itself. ValueError for characters
     that vocab does not have."""
     id_of = {token: i for i, token in enumerate(vocab)} | dict.fromkeys(holes, mask_id)
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    table = np.full(sys.maxunicode + 1, -1, dtype=np.int32)            # code point -> id
-    for token, i in id_of.items():
-        if len(token) == 1:
-            table[ord(token)] = i
-    ids = table[codes]                                                 # (characters,)
-    if (ids < 0).any():
-        unknown = sorted(set(map(chr, codes[ids < 0])))
+    unknown = sorted(set(text) - set(id_of))
+    if unknown:
         raise ValueError("characters that the model does not know: "
                          + " ".join(map(repr, unknown[:20])))
     if all(len(token) == 1 for token in vocab):
-        return ids.astype(np.uint16)
+        return np.fromiter(map(id_of.get, text), dtype=np.uint16)
     ids, known = array("H"), {}                                        # known: a word -> its ids
     runs = re.split(f"([{re.escape(holes)}])", text) if holes else [text]
     words = (match[0] for run in runs for match in WORD.finditer(run))

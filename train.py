@@ -7,8 +7,9 @@ The forward process: mask a random share of the text, learn to predict it back.
     python train.py --eval_only --init_from=X        # the NELBO of any checkpoint on any data
     python train.py --save_filename=X --n_layer=2 --n_embd=64 --n_head=1 --max_iters=200   # a toy
 
-N processes (GPUs or CPU cores) share the work of each iteration, on one machine, or on several with
-a shared file system, where each runs the second line with a --node_rank of its own:
+N processes, one for each GPU or CPU core, share the work of each iteration. On one machine, run the
+first command. On several, with a shared file system, run the second on each, with a --node_rank of
+its own:
 
     torchrun --standalone --nproc_per_node=N train.py --save_filename=X
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 \\
@@ -31,7 +32,7 @@ try:
     import fcntl
 except ImportError:
     fcntl = None
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -43,9 +44,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (GPT, GPTConfig, check, fail, load_checkpoint, one_line_errors, open_streams,
-                   parse, pick_device, pick_dtype, read_file, resolve_path, save_checkpoint,
-                   stop_signals, write_atomically, write_file)
+from common import check, fail, one_line_errors, open_streams, parse, stop_signals, write_atomically
+from model import (GPT, GPTConfig, load_checkpoint, pick_device, pick_dtype, read_file,
+                   resolve_path, save_checkpoint, write_file)
 from muon import Muon
 from tokenizer import decode, encode
 
@@ -185,7 +186,7 @@ def train(run):
     new_losses = []                                          # since the last reading, on the device
     bar = tqdm(total=config.max_iters, initial=run.iteration, unit="it",
                disable=None if RANK == 0 else True)          # None: unless stderr is a terminal
-    with stop_on_signals(run), closing(bar):
+    with stop_on_signals(run), bar:
         while run.iteration < config.max_iters and not run.interrupted:
             # draws depend on seed and iteration alone, however often a run is interrupted
             generator = torch.Generator().manual_seed(seed_for(config.seed, run.iteration))
@@ -206,8 +207,8 @@ def train(run):
             evaluating = last or run.iteration % config.eval_interval == 0
             if (evaluating or run.iteration % config.log_interval == 0
                     or run.stop_requested and WORLD_SIZE == 1):
-                read_losses(run, new_losses, evaluating)
-                show_progress(run, bar)
+                speed = read_losses(run, new_losses, evaluating)
+                show_progress(run, bar, speed)
                 if RANK == 0 and evaluating:
                     evaluate(run)
                 if evaluating or run.interrupted:
@@ -238,7 +239,7 @@ def windows(data, starts, length):
 
 
 def spread_windows(data, n_tokens, length):
-    """As many whole windows of data (N,) as n_tokens hold, spread evenly over it, end to end."""
+    """n_tokens // length windows of data (N,), spread evenly over it, one after the other."""
     n_windows = min(n_tokens, len(data)) // length
     starts = length * torch.linspace(0, len(data) // length - 1, n_windows).round().long()
     return windows(data, starts, length).flatten().numpy()
@@ -246,7 +247,7 @@ def spread_windows(data, n_tokens, length):
 
 def get_batch(data, config, generator, record=1):
     """-> input_ids (B, T): the windows of one iteration, of all processes and forward passes.
-    They begin where a record begins, a whole number of which makes up data."""
+    Each begins where a record begins; data is a whole number of records."""
     B, T = config.batch_size * config.gradient_accumulation_steps, config.block_size
     if torch.rand((), generator=generator) < 0.01:           # as in LLaDA: 1 % are shorter
         T = int(torch.randint(1, T + 1, (), generator=generator))
@@ -260,11 +261,12 @@ def set_learning_rates(run):
     if run.iteration < config.warmup_iters:
         fraction = (run.iteration + 1) / (config.warmup_iters + 1)
     else:
-        decay_iters = max(1, config.max_iters - config.warmup_iters)
+        decay_iters = config.max_iters - config.warmup_iters
         cosine = math.cos(math.pi * (run.iteration - config.warmup_iters) / decay_iters)
         fraction = config.final_lr_frac + (1 - config.final_lr_frac) * 0.5 * (1 + cosine)
-    for group in itertools.chain(*(optimizer.param_groups for optimizer in run.optimizers)):
-        group["lr"] = group["peak_lr"] * fraction
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * fraction
 
 
 def accumulate_gradient(net, loss_function, batch, run):
@@ -317,15 +319,16 @@ def make_optimizers(model, config):
                                     betas=(config.beta1, config.beta2))]
     if config.muon:
         optimizers.append(Muon(blocks, lr=config.muon_lr, weight_decay=config.weight_decay))
-    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-        group["peak_lr"] = group["lr"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
 
 
 def read_losses(run, new_losses, evaluating):
     """Move new_losses from the device to run.losses, as means over the processes, and agree on
     whether to stop. FloatingPointError if training has diverged: by the loss and, before anything
-    is saved, by the weights."""
+    is saved, by the weights. -> characters per second since the last reading."""
     stop = torch.tensor(float(run.stop_requested), device=run.device)
     readings = torch.stack([*new_losses, stop])
     if WORLD_SIZE > 1:
@@ -334,8 +337,6 @@ def read_losses(run, new_losses, evaluating):
     run.losses += [loss / run.characters_per_token for loss in losses]
     run.interrupted = stop > 0
     seconds = time.perf_counter() - run.clock
-    characters = len(losses) * run.config.tokens * run.characters_per_token
-    run.characters_per_second = characters / seconds
     new_losses.clear()
     finite = math.isfinite(losses[-1])
     if evaluating or run.interrupted:
@@ -344,13 +345,14 @@ def read_losses(run, new_losses, evaluating):
         raise FloatingPointError(f"training diverged at iteration {run.iteration:,} (loss "
                                  f"{losses[-1]}). Earlier checkpoints are intact; try a lower "
                                  "learning rate")
+    return len(losses) * run.config.tokens * run.characters_per_token / seconds
 
 
-def show_progress(run, bar):
+def show_progress(run, bar, speed):
     """The loss and the speed, in the bar; where stderr is no terminal, in a line now and then."""
     interval = run.config.log_interval
     loss = np.mean(run.losses[-interval:])
-    text = f"loss {loss:.2f}, {run.characters_per_second:,.0f} characters/s"
+    text = f"loss {loss:.2f}, {speed:,.0f} characters/s"
     bar.set_postfix_str(text, refresh=False)
     first_or_tenth = run.iteration <= interval or run.iteration % (10 * interval) == 0
     if RANK == 0 and bar.disable and first_or_tenth:
@@ -484,8 +486,9 @@ def evaluate_checkpoint(config, given):
 # data
 
 def folder_of(config):
-    folder = Path(__file__).resolve().parent / "data" / config.dataset
-    return Path(config.data_dir).expanduser() if config.data_dir else folder
+    if config.data_dir:
+        return Path(config.data_dir).expanduser()
+    return Path(__file__).resolve().parent / "data" / config.dataset
 
 
 def read_meta(folder):
@@ -501,21 +504,16 @@ def read_meta(folder):
 def load_data(config, block_size, chars=None, grow=False):
     """-> (train, val, chars): both splits as uint16 ids (N,), memory maps of the .bin files, and
     the vocabulary. With chars, a model's vocabulary, the text is encoded in it; new characters are
-    added at its end if it may grow. ValueError or FileNotFoundError for anything that can't be
-    trained on."""
+    added at its end if it may grow. ValueError for anything that can't be trained on."""
     folder = folder_of(config)
-    for name in ("meta.json", "train.bin", "val.bin"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"there is no {name} in {folder}; prepare.py writes it")
+    bins = [folder / "train.bin", folder / "val.bin"]
+    for path in (folder / "meta.json", *bins):
+        check(path.is_file(), f"there is no {path.name} in {folder}; prepare.py writes it")
     meta = read_meta(folder)
-    try:
-        data_chars, crc32 = list(meta["chars"]), dict(meta["crc32"])
-        whole = all(zlib.crc32((folder / name).read_bytes()) == crc32[name] for name in crc32)
-        whole = whole and set(crc32) == {"train.bin", "val.bin"}
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    check(whole, f"meta.json, train.bin and val.bin in {folder} do not belong together, or one is "
-                 "damaged: run prepare.py again")
+    crc32 = {path.name: zlib.crc32(path.read_bytes()) for path in bins}
+    check(meta.get("crc32") == crc32, f"meta.json, train.bin and val.bin in {folder} do not belong "
+                                      "together, or one is damaged: run prepare.py again")
+    data_chars = list(meta["chars"])
     record = meta.get("record", 1)
     check(block_size % record == 0, f"--block_size={block_size} is no whole number of records of "
                                     f"{record} characters, of which {folder} consists")
@@ -524,7 +522,7 @@ def load_data(config, block_size, chars=None, grow=False):
     check(grow or not unknown, f"{folder} has characters that the model does not know: "
                                f"{''.join(unknown[:20])!r}")
     chars, splits = chars + unknown, []
-    for path in (folder / "train.bin", folder / "val.bin"):
+    for path in bins:
         ids = np.memmap(path, dtype="<u2", mode="r")
         if data_chars != chars:
             ids = encode(decode(ids, data_chars), chars)
@@ -539,7 +537,7 @@ def load_data(config, block_size, chars=None, grow=False):
 
 @dataclass
 class Run:
-    """All that a run is. What parts() and PROGRESS name is saved in X.pt.state for --resume."""
+    """A training run. What parts() and PROGRESS name is saved in X.pt.state for --resume."""
     config: TrainConfig
     path: Path              # X.pt; beside it X.pt.csv and X.pt.state
     chars: list             # the vocabulary: chars[i] is the token of id i
@@ -560,7 +558,6 @@ class Run:
     history: list = field(default_factory=list)    # a row of X.pt.csv for each evaluation
     started: float = field(default_factory=time.perf_counter)
     clock: float = field(default_factory=time.perf_counter)    # at the last loss reading
-    characters_per_second: float = 0.0
     resumed: bool = False
     lock: object = None             # the state file, held open
     stop_requested: bool = False    # of this process
@@ -691,7 +688,7 @@ def find_state(config, given, path):
     What is given on the command line must not contradict the interrupted run."""
     state_path = Path(f"{path}.state")
     if state_path.is_file() and RANK == 0:
-        lock(state_path).close()
+        lock(state_path).close()  # ValueError if another process is writing it
     if not config.resume:
         if state_path.exists():
             say(f"found an interrupted run of {path} (--resume continues it); starting afresh")
@@ -705,7 +702,7 @@ def find_state(config, given, path):
     state = read_file(state_path)
     try:
         config = TrainConfig(**state["config"])
-        state["chars"], state["dtype"], state["data_crc32"]
+        state["chars"], state["dtype"], state["data_crc32"]  # KeyError if one is missing
     except (TypeError, LookupError) as e:
         raise ValueError(f"{state_path} is not a training state of this version; remove it to "
                          "start afresh") from e
@@ -840,7 +837,8 @@ def main():
     with one_line_errors(advice, RANK):
         config, given = parse_args()
         if config.eval_only:
-            sys.exit(evaluate_checkpoint(config, given))
+            evaluate_checkpoint(config, given)
+            return
         run = set_up(config, given)
         begin(run)
         try:

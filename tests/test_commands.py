@@ -17,7 +17,7 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 
 @pytest.fixture
 def clone(tmp_path, text):
-    for name in ("model.py", "muon.py", "tokenizer.py", "train.py", "main.py", "data/common.py",
+    for name in ("model.py", "muon.py", "tokenizer.py", "train.py", "main.py", "common.py",
                  "data/shakespeare_char/prepare.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

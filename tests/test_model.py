@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from common import write_atomically
 from model import (
     GPT,
     GPTConfig,
@@ -20,7 +21,6 @@ from model import (
     pick_dtype,
     resolve_path,
     save_checkpoint,
-    write_atomically,
 )
 
 CHARS = list("abcdefg")

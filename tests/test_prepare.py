@@ -117,16 +117,17 @@ def test_a_download_that_drips_has_an_end(monkeypatch):
                                                 "text that prepare.py downloads")
 def test_tiny_shakespeare(tmp_path):
     """Run as a user does, from another folder, with input.txt beside the script."""
-    (tmp_path / "text").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "text" / "prepare.py")
-    shutil.copy(SCRIPT.parent.parent / "common.py", tmp_path)
-    shutil.copy(ROOT / "tokenizer.py", tmp_path)
-    (tmp_path / "text" / "input.txt").write_bytes(real_text().encode())
-    result = subprocess.run([sys.executable, str(tmp_path / "text" / "prepare.py")], cwd="/",
+    folder = tmp_path / "data" / "text"
+    folder.mkdir(parents=True)
+    shutil.copy(SCRIPT, folder / "prepare.py")
+    for name in ("common.py", "tokenizer.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (folder / "input.txt").write_bytes(real_text().encode())
+    result = subprocess.run([sys.executable, str(folder / "prepare.py")], cwd="/",
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "train has 1,003,854 tokens\nval has 111,540 tokens" in result.stdout
-    chars, train, val = read(tmp_path / "text")
+    chars, train, val = read(folder)
     assert len(chars) == 65 and train + val == real_text() and len(train + val) == prepare.SIZE
     assert hashlib.sha256((train + val).encode()).hexdigest() == prepare.SHA256
 

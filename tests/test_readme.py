@@ -56,7 +56,7 @@ def clone(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("clone")
     for path in (*ROOT.glob("*.py"), ROOT / "pretrained_gpt_last.pt", ROOT / "assets"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
-    for name in ("data/common.py", "data/shakespeare_char/prepare.py", "data/sudoku/prepare.py"):
+    for name in ("data/shakespeare_char/prepare.py", "data/sudoku/prepare.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for name in ("data/shakespeare_char/input.txt", "my.txt"):

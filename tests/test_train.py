@@ -474,8 +474,8 @@ def test_the_line_that_is_shown_is_the_one_that_trains(run, tmp_path, data_dir):
     for name, changed in (("same", code), ("again", code), ("squared", code.replace(*COPY))):
         folder = tmp_path / name
         folder.mkdir()
-        for script in ("model.py", "muon.py", "tokenizer.py"):
-            shutil.copy(ROOT / script, folder)
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, folder)
         (folder / "train.py").write_text(changed, encoding="utf-8")
         result = run("train.py", *TINY, f"--data_dir={data_dir}", "--max_iters=6",
                      "--eval_interval=3", "--save_filename=x", cwd=folder)

@@ -22,8 +22,9 @@ import requests
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-from common import FILES, fail, one_line_errors, write_atomically, write_dataset  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
+from common import (FILES, check, one_line_errors, open_streams, parse, regular_file,  # noqa: E402
+                    write_atomically, write_dataset)
 from tokenizer import encode, learn_pieces  # noqa: E402
 
 URLS = (
@@ -74,17 +75,14 @@ def prepare(source, out_dir, vocab_size=None):
     """The UTF-8 text file source -> three files in out_dir. The vocabulary is all characters of the
     text and, up to vocab_size, pieces learned on its first 90 %. ValueError for a text that can't
     be used, before anything is written."""
-    if source.exists() and not source.is_file():
-        raise ValueError(f"{source} is a folder, a device or a pipe; a text file is needed")
-    if source.resolve() in [(out_dir / name).resolve() for name in FILES]:
-        raise ValueError(f"{source} would be overwritten: give another --out_dir")
+    check(source.resolve() not in [(out_dir / name).resolve() for name in FILES],
+          f"{source} would be overwritten: give another --out_dir")
     try:
-        text = source.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        text = regular_file(source).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         byte = f"byte {e.object[e.start]:#04x} at offset {e.start}"
         raise ValueError(f"{source} is not UTF-8: {byte}. Convert it first") from e
-    if len(text) < 2:
-        raise ValueError(f"{source} is {'empty' if not text else 'too short to split'}")
+    check(len(text) >= 2, f"{source} is {'empty' if not text else 'too short to split'}")
     n = int(len(text) * 0.9)
     try:
         vocab = learn_pieces(text[:n], vocab_size, alphabet=set(text))
@@ -96,7 +94,6 @@ def prepare(source, out_dir, vocab_size=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # one line, without the usage
     parser.add_argument("--input", type=path,
                         help="a UTF-8 text of your own; needs --out_dir (default: none)")
     parser.add_argument("--out_dir", type=path,
@@ -104,10 +101,10 @@ def main():
     parser.add_argument("--vocab_size", type=int,
                         help="tokens, at most: word pieces are learned besides the characters "
                              "(default: characters alone)")
-    args = parser.parse_args()
-    with one_line_errors():
-        if args.input and not args.out_dir:
-            raise ValueError("--input needs --out_dir: say where the files of your own text go")
+    with one_line_errors("take a shorter text"):
+        args = parse(parser)
+        check(args.out_dir or not args.input,
+              "--input needs --out_dir: say where the files of your own text go")
         source, out_dir = args.input or HERE / "input.txt", args.out_dir or HERE
         if args.input is None and not source.exists():
             download(source)
@@ -119,4 +116,5 @@ def path(text):
 
 
 if __name__ == "__main__":
+    open_streams()
     main()

@@ -21,66 +21,58 @@ import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import fail, one_line_errors, write_dataset  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
+from common import check, one_line_errors, open_streams, parse, write_dataset  # noqa: E402
 
 CHARS = list("\n123456789")
 RECORD = 91        # characters of a grid
 PER_BASE = 40      # grids made of a base grid
+DIGITS = set(range(1, 10))
 # what train.py takes instead of its own defaults. Masking 40 to 75 % leaves about 20 to 49 givens:
 # with more of them a puzzle is easy, with fewer hardly a cell can be known.
 TRAINING = dict(block_size=RECORD, n_layer=6, n_head=6, n_embd=192, rope=False, batch_size=32,
                 max_iters=2700, dropout=0.0, eps=0.4, p_max=0.75)
 
 
+def share_a_unit(i, j):
+    """Whether cells i and j stand in one row, column or box."""
+    (r, c), (s, d) = divmod(i, 9), divmod(j, 9)
+    return r == s or c == d or (r // 3, c // 3) == (s // 3, d // 3)
+
+
+PEERS = [[j for j in range(81) if j != i and share_a_unit(i, j)] for i in range(81)]
+
+
 def solve(cells, rng=random, most=1):
     """cells: 81 digits, 0 where empty -> up to most solutions, each a list of 81 digits. A search
     that fills a cell with the fewest possible digits first, and tries them in random order."""
     cells, solutions = list(cells), []
-    free = {"row": [511] * 9, "column": [511] * 9, "box": [511] * 9}      # digits as bits
-
-    def units(i):
-        row, column = divmod(i, 9)
-        return ((free["row"], row), (free["column"], column),
-                (free["box"], row // 3 * 3 + column // 3))
 
     def possible(i):
-        (a, r), (b, c), (d, x) = units(i)
-        return a[r] & b[c] & d[x]
-
-    def toggle(i, bit):
-        for unit, n in units(i):
-            unit[n] ^= bit
+        return DIGITS - {cells[j] for j in PEERS[i]}
 
     def search():
-        empty = [(possible(i).bit_count(), i) for i in range(81) if not cells[i]]
+        empty = [(len(possible(i)), i) for i in range(81) if not cells[i]]
         if not empty:
             solutions.append(list(cells))
             return len(solutions) == most
         i = min(empty)[1]
-        digits = [d for d in range(1, 10) if possible(i) >> (d - 1) & 1]
-        for digit in rng.sample(digits, len(digits)):
+        for digit in rng.sample(sorted(possible(i)), len(possible(i))):
             cells[i] = digit
-            toggle(i, 1 << digit - 1)
             if search():
                 return True
-            toggle(i, 1 << digit - 1)
-            cells[i] = 0
+        cells[i] = 0
         return False
 
-    for i, digit in enumerate(cells):
-        if digit:
-            if not possible(i) >> (digit - 1) & 1:
-                return []
-            toggle(i, 1 << digit - 1)
-    search()
+    if all(digit in possible(i) for i, digit in enumerate(cells) if digit):
+        search()
     return solutions
 
 
 def shuffled(grid, count, rng):
     """grid (9, 9) -> (count, 9, 9): grids that the symmetries of the rules make of it."""
     def lines():  # an order of the rows that keeps bands together, or of the columns
-        return (3 * rng.permutation(3)[:, None] + np.stack([rng.permutation(3) for _ in "123"]))
+        return (3 * rng.permutation(3)[:, None] + np.stack([rng.permutation(3) for _ in range(3)]))
     grids = []
     for _ in range(count):
         digits = np.concatenate([[0], 1 + rng.permutation(9)])
@@ -110,17 +102,16 @@ def to_ids(grids):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # one line, without the usage
     parser.add_argument("--grids", type=int, default=100_000,
                         help="for training; a tenth as many for validation (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1337,
                         help="of the grids (default: %(default)s)")
     parser.add_argument("--out_dir", type=lambda name: Path(name).expanduser(), default=HERE,
                         help="folder for the three files (default: the one of this script)")
-    args = parser.parse_args()
-    with one_line_errors():
-        if not 10 <= args.grids <= 10_000_000:
-            raise ValueError(f"--grids must be in 10 to 10,000,000, not {args.grids}")
+    with one_line_errors("try fewer --grids"):
+        args = parse(parser)
+        check(10 <= args.grids <= 10_000_000,
+              f"--grids must be in 10 to 10,000,000, not {args.grids}")
         train = make_grids(args.grids, args.seed)
         val = make_grids(args.grids // 10, args.seed + 1)
         write_dataset(args.out_dir, to_ids(train), to_ids(val), CHARS,
@@ -128,4 +119,5 @@ def main():
 
 
 if __name__ == "__main__":
+    open_streams()
     main()

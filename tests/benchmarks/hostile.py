@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path += [str(ROOT), str(ROOT / "data"), str(ROOT / "data" / "shakespeare_char")]
+sys.path += [str(ROOT), str(ROOT / "data" / "shakespeare_char")]
 
 import prepare  # noqa: E402
 import torch  # noqa: E402

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data" / "sudoku")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "sudoku")]
 import prepare  # noqa: E402
 from claims import seconds_per_iteration  # noqa: E402
 from common import write_dataset  # noqa: E402
