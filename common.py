@@ -61,8 +61,8 @@ def stop_signals():
 @contextmanager
 def one_line_errors(advice, rank=0):
     """Errors that a user can cause (bad input, files, too little memory) become one line on stderr
-    and an exit status. advice: how to need less memory. Of several processes, all of which find the
-    same bad input, the first alone (rank 0) says so."""
+    and an exit status; Ctrl-C becomes a status alone. advice: how to need less memory.
+    Of several processes, all of which find the same bad input, the first alone (rank 0) says so."""
     try:
         yield
     except (OSError, ValueError) as e:

@@ -197,8 +197,8 @@ def schedule(masked, steps, block_length, revise):
 def unmask_until_sure(model, x, mask_id, steps, tries, temperature=0.0, sure=0.999, **settings):
     """unmask for puzzles, whose right answers are certain. If the certainty of a filled row is less
     than sure, a guess was probably wrong: the row is masked again and filled anew, until it is sure
-    or has had so many tries. Its surest try is the answer. Later tries have temperature
-    3, so that their guesses differ; with low_confidence, what is certain is still written first. An
+    or has had so many tries. Its surest try is the answer. Later tries have temperature 3,
+    so that their guesses differ; with low_confidence, what is certain is still written first. An
     iterator like unmask, which the settings go to."""
     masked = x == mask_id                                                 # (B, T)
     best, surest = x, torch.full((len(x),), -1.0, dtype=torch.float64, device=x.device)

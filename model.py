@@ -288,6 +288,7 @@ def pick_dtype(name, device):
     def seconds(dtype):
         a = torch.ones(512, 512, dtype=dtype)
         return min(timeit.repeat(lambda: a @ a, number=1, repeat=4))
+
     # some CPUs have bfloat16 units and train about twice as fast with them; others emulate them
     ratio = seconds(torch.bfloat16) / seconds(torch.float32)
     why = f"a bfloat16 matrix product takes {ratio:.2f}x the time of a float32 one on this CPU"

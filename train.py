@@ -239,7 +239,7 @@ def windows(data, starts, length):
 
 
 def spread_windows(data, n_tokens, length):
-    """n_tokens // length windows of data (N,), spread evenly over it, one after the other."""
+    """As many windows of data (N,) as n_tokens hold, spread evenly over it, one after the other."""
     n_windows = min(n_tokens, len(data)) // length
     starts = length * torch.linspace(0, len(data) // length - 1, n_windows).round().long()
     return windows(data, starts, length).flatten().numpy()
@@ -511,9 +511,10 @@ def load_data(config, block_size, chars=None, grow=False):
         check(path.is_file(), f"there is no {path.name} in {folder}; prepare.py writes it")
     meta = read_meta(folder)
     crc32 = {path.name: zlib.crc32(path.read_bytes()) for path in bins}
-    check(meta.get("crc32") == crc32, f"meta.json, train.bin and val.bin in {folder} do not belong "
-                                      "together, or one is damaged: run prepare.py again")
-    data_chars = list(meta["chars"])
+    data_chars = meta.get("chars")
+    check(meta.get("crc32") == crc32 and isinstance(data_chars, list),
+          f"meta.json, train.bin and val.bin in {folder} do not belong together, or one is "
+          "damaged: run prepare.py again")
     record = meta.get("record", 1)
     check(block_size % record == 0, f"--block_size={block_size} is no whole number of records of "
                                     f"{record} characters, of which {folder} consists")

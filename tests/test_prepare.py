@@ -113,6 +113,11 @@ def test_a_download_that_drips_has_an_end(monkeypatch):
     assert next(clock) < 20
 
 
+def test_preparing_does_not_load_pytorch():
+    code = "import prepare, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent).returncode == 0
+
+
 @pytest.mark.skipif(real_text() is None, reason="needs data/shakespeare_char/input.txt, the real "
                                                 "text that prepare.py downloads")
 def test_tiny_shakespeare(tmp_path):

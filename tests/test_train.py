@@ -2,6 +2,7 @@ import copy
 import csv
 import functools
 import itertools
+import json
 import math
 import os
 import re
@@ -867,6 +868,16 @@ def test_damaged_data_is_one_line(call, data_dir, tmp_path, name, content, words
     result = call(train_script, f"--data_dir={tmp_path}", "--block_size=16", "--max_iters=1",
                   f"--save_filename={tmp_path}/x")
     assert_one_line_error(result, *words)
+
+
+def test_data_without_a_vocabulary_are_one_line(call, data_dir, tmp_path):
+    for path in data_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
+    del meta["chars"]
+    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    result = call(train_script, f"--data_dir={tmp_path}", f"--save_filename={tmp_path}/x")
+    assert_one_line_error(result, "meta.json", "damaged")
 
 
 def test_help_groups_and_explains_every_knob(train):
