@@ -1,32 +1,22 @@
 """
-The mask predictor: a GPT-2 with bidirectional attention, the checkpoint file it lives in, and the
-device and dtype it runs on.
+The network: a GPT-2 with bidirectional attention.
 
-    from model import GPT, GPTConfig, load_checkpoint
-    model, chars, info = load_checkpoint("pretrained_gpt_last.pt")
-    logits = model(idx)    # (B, T) ids, model.config.mask_id where masked -> (B, T, vocab_size)
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(vocab_size=66))
+    logits = model(idx)    # idx (B, T): token ids, and config.mask_id where a token is masked
 
-A GPT becomes the mask predictor of a diffusion language model when its causal mask is removed:
-every position sees every other, so a token can be predicted from both sides. There is no time
-embedding: given the visible tokens, the best prediction of a masked one does not depend on the time
-(RADD, arXiv 2406.03736, theorem 1).
+Read this file first, then diffusion.py. A GPT becomes the mask predictor of a diffusion language
+model when its causal mask is removed: every position then sees every other position, so a token can
+be predicted from both sides. The network is not told the time t: given the visible tokens, the best
+prediction of a masked one does not depend on it (RADD, arXiv 2406.03736, theorem 1).
 """
 
-import io
 import math
-import os
-import re
-import timeit
-import warnings
-import zipfile
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from common import check, regular_file, write_atomically
 
 
 @dataclass
@@ -43,28 +33,36 @@ class GPTConfig:
     causal: bool = False    # True: the autoregressive twin, which sees only what is to the left
 
     def __post_init__(self):
-        for f in fields(self):  # a checkpoint may come from anywhere
-            value = getattr(self, f.name)
-            check(type(value) is f.type or f.type is float and type(value) is int,
-                  f"{f.name} must be of type {f.type.__name__}, not {value!r}")
-            check(f.type is not int or 1 <= value <= 2**16,
-                  f"{f.name} must be in 1 to {2**16}, not {value}")
-        check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
-        check(self.n_embd % self.n_head == 0,
-              f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
-        head_dim = self.n_embd // self.n_head
-        check(not self.rope or head_dim % 2 == 0,
-              f"rotary positions need heads of even width, not {head_dim}")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if not 1 <= getattr(self, name) <= 2**16:
+                raise ValueError(f"{name} must be in 1 to {2**16}, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
+        if self.rope and self.n_embd // self.n_head % 2:
+            raise ValueError("rotary positions need heads of even width: n_embd / n_head is "
+                             f"{self.n_embd // self.n_head}")
 
     @property
     def mask_id(self):
         return self.vocab_size - 1
 
 
+def rotary_angles(config):
+    """Return the cosines and sines of the rotation angles, each (block_size, 1, head_dim / 2)."""
+    head_dim = config.n_embd // config.n_head
+    # on the CPU even where a model is built without memory, to be filled from a checkpoint
+    freqs = 10000.0 ** -(torch.arange(0, head_dim, 2, device="cpu") / head_dim)
+    positions = torch.arange(config.block_size, device="cpu").float()
+    angles = torch.outer(positions, freqs)[:, None]
+    return angles.cos(), angles.sin()
+
+
 def rotate(x, cos, sin):
-    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34): turn each pair of features by an angle
-    that grows with the position, so that the product of a query and a key depends on their
-    distance. x (B, T, heads, head_dim); cos, sin (T, 1, head_dim/2)."""
+    """Apply rotary positions (RoFormer, arXiv 2104.09864, eq. 34): turn each pair of features by an
+    angle that grows with the position, so that the product of a query and a key depends on their
+    distance. x (B, T, heads, head_dim); cos and sin (T, 1, head_dim / 2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
@@ -90,8 +88,8 @@ class SelfAttention(nn.Module):
         if cache is not None:                                # (2, B, n_head, S, head_dim)
             cache[..., start:start + T, :] = torch.stack([k, v])
             k, v = cache[..., :start + T, :]
-        # is_causal=False is the one change that makes a GPT a mask predictor. (T > 1: with a cache,
-        # a single new position sees all that is in it.)
+        # is_causal=False is the one change that makes a GPT a mask predictor. (A single new
+        # position, T = 1, sees everything that is in the twin's cache.)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -131,12 +129,7 @@ class GPT(nn.Module):
         self.wpe = None if config.rope else nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        cos = sin = None
-        if config.rope:
-            head_dim = config.n_embd // config.n_head
-            freqs = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)           # (head_dim/2,)
-            angles = torch.outer(torch.arange(config.block_size).float(), freqs)[:, None]
-            cos, sin = angles.cos(), angles.sin()            # each (block_size, 1, head_dim/2)
+        cos, sin = rotary_angles(config) if config.rope else (None, None)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.apply(self._init_weights)
@@ -151,21 +144,23 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def make_cache(self, B, S):
-        """Room for the twin's keys and values: B sequences of S positions,
+        """Return room for the twin's keys and values, for B sequences of S positions:
         (n_layer, 2, B, n_head, S, head_dim)."""
         c = self.config
         return self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head)
 
     def forward(self, idx, cache=None, start=0):
-        """idx (B, T) long, [MASK] where a token is to be predicted -> (B, T, vocab_size).
-        The last logit, [MASK]'s own, is never an answer: use logits[..., :mask_id].
-        ValueError if the sequence is longer than block_size.
+        """Return the logits (B, T, vocab_size) for idx (B, T) long, which holds mask_id where a
+        token is to be predicted. The last logit, [MASK]'s own, is never an answer: use
+        logits[..., :mask_id]. ValueError if the sequence is longer than block_size.
 
-        With a cache from make_cache (causal models only), idx holds the positions from start on and
-        the cache those before them. Begin with the prompt (start=0), then one at a time."""
+        cache, for causal models only, comes from make_cache: idx then holds the positions from
+        start on, and the cache those before. Begin with the prompt (start=0), then pass one
+        position at a time."""
         end = start + idx.shape[1]
-        check(end <= self.config.block_size,
-              f"a sequence of {end} is longer than the model's block_size={self.config.block_size}")
+        if end > self.config.block_size:
+            raise ValueError(f"a sequence of {end} tokens is longer than the model's "
+                             f"block_size={self.config.block_size}")
         x = self.wte(idx)                                    # (B, T, n_embd)
         cos = sin = None
         if self.wpe is None:
@@ -176,120 +171,3 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             x = block(x, cos, sin, None if cache is None else cache[i], start)
         return F.linear(self.ln_f(x), self.wte.weight)       # tied head: (B, T, vocab_size)
-
-
-# -----------------------------------------------------------------------------
-# the checkpoint file
-
-def resolve_path(name):
-    """The file that a user means by X: exactly X, with .pt added if it has no suffix."""
-    path = Path(os.path.expanduser(name))
-    check(path.name, f"{str(name)!r} is not the name of a checkpoint file")
-    return path if path.suffix else path.with_name(path.name + ".pt")
-
-
-def write_file(path, content):
-    """torch.save, atomically."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def save_checkpoint(path, model, chars, **info):
-    """One self-contained file: weights (in the model's dtype), config, vocabulary (chars[i] is the
-    token of id i, a character or a word piece) and info, how the model was made (numbers, strings,
-    lists, dicts). Atomic."""
-    checkpoint = {
-        "config": asdict(model.config),
-        "chars": list(chars),
-        "model": {name: p.detach().cpu() for name, p in model.state_dict().items()},
-        "info": {**info, "torch_version": str(torch.__version__)},
-    }
-    write_file(path, checkpoint)
-
-
-def read_file(path):
-    """-> what torch.save wrote to path, on the CPU. Never runs code from the file. OSError if it
-    can't be opened, ValueError if it is damaged: every part must fit its checksum."""
-    regular_file(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch, about foreign files
-        try:
-            with zipfile.ZipFile(path) as z:  # torch.save does not compress: no small file is huge
-                stored = all(part.compress_type == zipfile.ZIP_STORED for part in z.infolist())
-                check(stored and z.testzip() is None, "a checksum does not fit")
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # any bytes may stand in the file: torch.load fails in many ways
-            raise ValueError(f"{path} is not a checkpoint, or is damaged or cut short "
-                             f"({type(e).__name__})") from e
-
-
-def load_checkpoint(path, device="cpu"):
-    """-> (model in float32 and eval mode, chars, info). Never runs code from the file. OSError if
-    it can't be opened, ValueError for all but a whole checkpoint with finite weights."""
-    checkpoint = read_file(path)
-    try:
-        check(isinstance(checkpoint, dict), "it is no dict")
-        # a checkpoint of before qk_norm goes without it
-        config = GPTConfig(**{"qk_norm": False, **checkpoint["config"]})
-        chars, weights, info = checkpoint["chars"], checkpoint["model"], dict(checkpoint["info"])
-        check(isinstance(chars, list) and all(isinstance(c, str) and c for c in chars)
-              and len(chars) == len(set(chars)) == config.mask_id,
-              "its vocabulary does not fit its config")
-        check(config.n_layer <= len(weights), "it holds too few weights")
-        with torch.device("meta"):  # no memory is taken before the shapes are compared
-            model = GPT(config)
-        model.load_state_dict(weights, assign=True)
-        model = GPT(config)
-        model.load_state_dict(weights)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"{path} is not a checkpoint of this model: {reason}") from e
-    check(all(p.isfinite().all() for p in model.parameters()),
-          f"{path} holds weights that are not finite")
-    return model.to(device).eval(), chars, info
-
-
-# -----------------------------------------------------------------------------
-# the device and dtype it runs on
-
-def pick_device(name="auto"):
-    """auto | cpu | cuda | cuda:N | mps -> (torch.device, why). ValueError if it does not work."""
-    check(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name),
-          f"--device={name} is not one of auto, cpu, cuda, cuda:N, mps")
-    if name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu"), "found no CUDA device"
-    try:
-        device = torch.device("cuda" if name == "auto" else name)
-        torch.ones(1, device=device).sum().item()  # PyTorch may have no kernels for this GPU
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        check(name == "auto", f"--device={name} does not work here ({reason}); try --device=cpu")
-        return torch.device("cpu"), f"the GPU does not work: {reason}"
-    if device.type == "cuda":  # cuDNN's attention plans anew, for long, for every new length
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return device, torch.cuda.get_device_name(device) if device.type == "cuda" else "as asked"
-
-
-def pick_dtype(name, device):
-    """auto | float32 | bfloat16 | float16 -> (torch.dtype to compute in, why)."""
-    check(name in ("auto", "float32", "bfloat16", "float16"),
-          f"--dtype={name} is not one of auto, float32, bfloat16, float16")
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            if torch.cuda.is_bf16_supported(including_emulation=False):
-                return torch.bfloat16, "the GPU computes in it"
-        return torch.float16, "the GPU has no bfloat16"
-    if device.type == "mps":
-        return torch.float32, "the safe choice on mps"
-
-    def seconds(dtype):
-        a = torch.ones(512, 512, dtype=dtype)
-        return min(timeit.repeat(lambda: a @ a, number=1, repeat=4))
-
-    # some CPUs have bfloat16 units and train about twice as fast with them; others emulate them
-    ratio = seconds(torch.bfloat16) / seconds(torch.float32)
-    why = f"a bfloat16 matrix product takes {ratio:.2f}x the time of a float32 one on this CPU"
-    return (torch.bfloat16 if ratio < 1 / 1.5 else torch.float32), why

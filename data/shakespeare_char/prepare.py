@@ -1,6 +1,6 @@
 """
-Text -> train.bin and val.bin (its tokens as uint16 ids: the first 90 %, the last 10 %) and
-meta.json (the vocabulary; a token's id is its place in the list).
+Turn a text into train.bin (the first 90 % of its tokens, as uint16 ids), val.bin (the last 10 %)
+and meta.json (the vocabulary; the id of a token is its place in the list).
 
     python data/shakespeare_char/prepare.py                                     # Tiny Shakespeare
     python data/shakespeare_char/prepare.py --input=my.txt --out_dir=data/mine  # any UTF-8 text
@@ -8,14 +8,14 @@ meta.json (the vocabulary; a token's id is its place in the list).
     python data/shakespeare_char/prepare.py --vocab_size=512 --out_dir=data/pieces  # word pieces
 
 Without flags the text is the input.txt beside this script; if there is none, Tiny Shakespeare is
-downloaded there. Tokens are characters (Unicode code points), or with --vocab_size word pieces; a
-byte order mark is dropped, and Windows line ends become \\n.
+downloaded there. Tokens are characters (Unicode code points), or with --vocab_size word pieces. A
+byte order mark is dropped, and other line ends become \\n.
 """
 
-import argparse
 import hashlib
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from common import (FILES, check, one_line_errors, open_streams, parse, regular_file,  # noqa: E402
-                    write_atomically, write_dataset)
-from tokenizer import encode, learn_pieces  # noqa: E402
+from lib.common import (check, knob, one_line_errors, open_streams, parse_knobs,  # noqa: E402
+                        read_text, write_atomically)
+from lib.data import FILES, write_dataset  # noqa: E402
+from lib.tokenizer import encode, learn_pieces  # noqa: E402
 
 URLS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -35,9 +36,17 @@ SIZE = 1_115_394
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+@dataclass
+class PrepareConfig:
+    input: str = knob("", "a UTF-8 text of your own; needs --out_dir", "files")
+    out_dir: str = knob("", "folder for the three files; without it, the one of this script")
+    vocab_size: int = knob(None, "tokens, at most: word pieces are learned besides the characters; "
+                                 "without it, tokens are characters")
+
+
 def fetch(url, seconds=300):
-    """-> the bytes at url. ValueError if they are not Tiny Shakespeare, requests.RequestException
-    if it can't be reached, or takes longer than so many seconds."""
+    """Return the bytes at url. ValueError if they are not Tiny Shakespeare,
+    requests.RequestException if it can't be reached or takes longer than so many seconds."""
     data, deadline = bytearray(), time.monotonic() + seconds
     with requests.get(url, stream=True, timeout=15) as response:
         response.raise_for_status()
@@ -55,7 +64,8 @@ def fetch(url, seconds=300):
 
 
 def download(path, tries=3):
-    """Tiny Shakespeare -> path, from the first of URLS that has it, or ConnectionError."""
+    """Save Tiny Shakespeare as path, from the first of URLS that has it. ConnectionError if none
+    has."""
     failures = []
     for url in URLS:
         for attempt in range(tries):
@@ -72,16 +82,12 @@ def download(path, tries=3):
 
 
 def prepare(source, out_dir, vocab_size=None):
-    """The UTF-8 text file source -> three files in out_dir. The vocabulary is all characters of the
-    text and, up to vocab_size, pieces learned on its first 90 %. ValueError for a text that can't
-    be used, before anything is written."""
+    """Turn the UTF-8 text file source into the three files in out_dir. The vocabulary is all
+    characters of the text and, up to vocab_size, word pieces learned on its first 90 %. ValueError
+    for a text that can't be used, before anything is written."""
     check(source.resolve() not in [(out_dir / name).resolve() for name in FILES],
           f"{source} would be overwritten: give another --out_dir")
-    try:
-        text = regular_file(source).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as e:
-        byte = f"byte {e.object[e.start]:#04x} at offset {e.start}"
-        raise ValueError(f"{source} is not UTF-8: {byte}. Convert it first") from e
+    text = read_text(source)
     check(len(text) >= 2, f"{source} is {'empty' if not text else 'too short to split'}")
     n = int(len(text) * 0.9)
     try:
@@ -92,27 +98,15 @@ def prepare(source, out_dir, vocab_size=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=path,
-                        help="a UTF-8 text of your own; needs --out_dir (default: none)")
-    parser.add_argument("--out_dir", type=path,
-                        help="folder for the three files (default: the one of this script)")
-    parser.add_argument("--vocab_size", type=int,
-                        help="tokens, at most: word pieces are learned besides the characters "
-                             "(default: characters alone)")
     with one_line_errors("take a shorter text"):
-        args = parse(parser)
-        check(args.out_dir or not args.input,
+        config = PrepareConfig(**parse_knobs(PrepareConfig, __doc__))
+        check(config.out_dir or not config.input,
               "--input needs --out_dir: say where the files of your own text go")
-        source, out_dir = args.input or HERE / "input.txt", args.out_dir or HERE
-        if args.input is None and not source.exists():
+        source = Path(config.input).expanduser() if config.input else HERE / "input.txt"
+        out_dir = Path(config.out_dir).expanduser() if config.out_dir else HERE
+        if not config.input and not source.exists():
             download(source)
-        prepare(source, out_dir, args.vocab_size)
-
-
-def path(text):
-    return Path(text).expanduser()
+        prepare(source, out_dir, config.vocab_size)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-Solved Sudoku grids -> train.bin, val.bin and meta.json. A grid is a record of 91 characters: nine
-lines of nine digits, and an empty line.
+Make solved Sudoku grids: train.bin, val.bin and meta.json. A grid is a record of 91 characters:
+nine lines of nine digits, and an empty line.
 
     python data/sudoku/prepare.py                      # 100,000 grids
     python train.py --dataset=sudoku --save_filename=sudoku
@@ -12,9 +12,9 @@ band, bands, columns within a stack, stacks, transposition) make forty grids of 
 validation come from base grids of their own.
 """
 
-import argparse
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from common import check, one_line_errors, open_streams, parse, write_dataset  # noqa: E402
+from lib.common import check, knob, one_line_errors, open_streams, parse_knobs  # noqa: E402
+from lib.data import write_dataset  # noqa: E402
 
 CHARS = list("\n123456789")
 RECORD = 91        # characters of a grid
@@ -32,6 +33,13 @@ DIGITS = set(range(1, 10))
 # with more of them a puzzle is easy, with fewer hardly a cell can be known.
 TRAINING = dict(block_size=RECORD, n_layer=6, n_head=6, n_embd=192, rope=False, batch_size=32,
                 max_iters=2700, dropout=0.0, eps=0.4, p_max=0.75)
+
+
+@dataclass
+class PrepareConfig:
+    grids: int = knob(100_000, "grids for training; a tenth as many for validation", "grids")
+    seed: int = knob(1337, "of the grids")
+    out_dir: str = knob("", "folder for the three files; without it, the one of this script")
 
 
 def share_a_unit(i, j):
@@ -44,8 +52,9 @@ PEERS = [[j for j in range(81) if j != i and share_a_unit(i, j)] for i in range(
 
 
 def solve(cells, rng=random, most=1):
-    """cells: 81 digits, 0 where empty -> up to most solutions, each a list of 81 digits. A search
-    that fills a cell with the fewest possible digits first, and tries them in random order."""
+    """Return up to most solutions, each a list of 81 digits, of cells: 81 digits, 0 where empty.
+    The search fills a cell with the fewest possible digits first, and tries them in random
+    order."""
     cells, solutions = list(cells), []
 
     def possible(i):
@@ -70,7 +79,7 @@ def solve(cells, rng=random, most=1):
 
 
 def shuffled(grid, count, rng):
-    """grid (9, 9) -> (count, 9, 9): grids that the symmetries of the rules make of it."""
+    """Return count grids (count, 9, 9) that the symmetries of the rules make of grid (9, 9)."""
     def lines():  # an order of the rows that keeps bands together, or of the columns
         return (3 * rng.permutation(3)[:, None] + np.stack([rng.permutation(3) for _ in range(3)]))
     grids = []
@@ -82,7 +91,7 @@ def shuffled(grid, count, rng):
 
 
 def make_grids(count, seed):
-    """-> (count, 9, 9) solved grids, in random order."""
+    """Return count solved grids in random order, (count, 9, 9)."""
     search, rng = random.Random(seed), np.random.default_rng(seed)
     grids = []
     for _ in tqdm(range(0, count, PER_BASE), desc="base grids", unit="grid", leave=False,
@@ -94,28 +103,21 @@ def make_grids(count, seed):
 
 
 def to_ids(grids):
-    """grids (N, 9, 9) of digits -> ids (N * 91,): a digit's id is the digit, a line end's 0."""
+    """Return the ids (N * 91,) of grids (N, 9, 9): a digit's id is the digit, a line end's 0."""
     lines = np.pad(grids, ((0, 0), (0, 0), (0, 1)))                       # (N, 9, 10)
     return np.pad(lines.reshape(len(grids), -1), ((0, 0), (0, 1))).ravel().astype(np.uint16)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grids", type=int, default=100_000,
-                        help="for training; a tenth as many for validation (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1337,
-                        help="of the grids (default: %(default)s)")
-    parser.add_argument("--out_dir", type=lambda name: Path(name).expanduser(), default=HERE,
-                        help="folder for the three files (default: the one of this script)")
     with one_line_errors("try fewer --grids"):
-        args = parse(parser)
-        check(10 <= args.grids <= 10_000_000,
-              f"--grids must be in 10 to 10,000,000, not {args.grids}")
-        train = make_grids(args.grids, args.seed)
-        val = make_grids(args.grids // 10, args.seed + 1)
-        write_dataset(args.out_dir, to_ids(train), to_ids(val), CHARS,
-                      record=RECORD, training=TRAINING)
+        config = PrepareConfig(**parse_knobs(PrepareConfig, __doc__))
+        check(10 <= config.grids <= 10_000_000,
+              f"--grids must be in 10 to 10,000,000, not {config.grids}")
+        check(0 <= config.seed < 2**63, f"--seed must be in 0 to 2**63 - 1, not {config.seed}")
+        out_dir = Path(config.out_dir).expanduser() if config.out_dir else HERE
+        train = make_grids(config.grids, config.seed)
+        val = make_grids(config.grids // 10, config.seed + 1)
+        write_dataset(out_dir, to_ids(train), to_ids(val), CHARS, record=RECORD, training=TRAINING)
 
 
 if __name__ == "__main__":

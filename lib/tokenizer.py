@@ -2,7 +2,7 @@
 What a token is: a character, or a word piece. A vocabulary is a list of different, non-empty
 strings; the id of a token is its place in the list. ([MASK] has one more id, and no string.)
 
-    from tokenizer import decode, encode, learn_pieces
+    from lib.tokenizer import decode, encode, learn_pieces
     vocab = learn_pieces(text, 512)   # learn_pieces(text): the characters alone
     ids = encode(text, vocab)         # (N,) uint16
     decode(ids, vocab) == text

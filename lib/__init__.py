@@ -1,0 +1,1 @@
+"""What makes the scripts comfortable and robust. A first reading can skip this folder."""

@@ -1,0 +1,45 @@
+"""
+Pages longer than the model's block are written in windows, one after the other.
+"""
+
+import torch
+
+
+def page_windows(masked, block_size):
+    """Plan how to write a page of any length: a window slides along, with up to half of it before
+    the first mask, and what is written in one window is context for the next. Where text follows a
+    window, its last quarter is left to the next one, so that every mask is written with context on
+    both sides. masked (T,) bool. Returns a list of (start, end, keep, n_masks): fill the n_masks
+    masks between start and end; positions before keep are final."""
+    masked, windows = masked.clone(), []
+    while masked.any():
+        start = max(0, min(int(masked.int().argmax()) - block_size // 2, len(masked) - block_size))
+        end = min(start + block_size, len(masked))
+        keep = end if masked[end:].all() else end - block_size // 4
+        windows.append((start, end, keep, int(masked[start:end].sum())))
+        masked[start:keep] = False
+    return windows
+
+
+def share_steps(windows, steps, enough):
+    """Return the forward passes of each window: one per mask, but no more than enough. If steps is
+    given, the windows share that many in the same proportions, with at least one each."""
+    wanted = [min(n_masks, enough) for *_, n_masks in windows]
+    if steps is None or not wanted:
+        return wanted
+    ends = [steps * sum(wanted[:i]) // sum(wanted) for i in range(len(wanted) + 1)]
+    return [max(1, end - begin) for begin, end in zip(ends, ends[1:])]
+
+
+def generate_pages(fill, x, mask_id, windows, steps):
+    """Write one window after the other. fill(window, steps) is an iterator of states, such as
+    unmask; x (B, T) long, masked at the same places in each row; windows come from page_windows,
+    steps from share_steps. Yields (B, T) states."""
+    page = x
+    for (start, end, keep, _), window_steps in zip(windows, steps):
+        for state in fill(x[:, start:end], window_steps):
+            x = torch.cat([x[:, :start], state, x[:, end:]], dim=1)
+            yield x
+        if (page[:, keep:end] == mask_id).any():
+            x = torch.cat([x[:, :keep], page[:, keep:]], dim=1)
+            yield x
