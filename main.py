@@ -76,7 +76,7 @@ class SampleConfig:
 SAMPLER = ("temperature", "remasking", "revise", "threshold", "block_length", "cfg_scale")
 PAGE = dict(steps=14, temperature=0.65, remasking="dilated", revise=0.2)
 INFILL = dict(temperature=0.0, remasking="low_confidence", revise=0.0)
-PUZZLE = dict(INFILL, tries=16)
+PUZZLE = dict(INFILL, tries=16, sure=0.999)
 TWIN = dict(temperature=0.8)
 LONG_GAP = 64       # holes in a row from which --infill writes like a page
 
@@ -97,9 +97,9 @@ def write_pages(config, given, model, vocab, record):
     windows = page_windows(x[0] == mask_id, model.config.block_size)
     fill, steps = make_sampler(config, given, model, x[0], windows, generator)
     with Watcher(x[:, hidden:], sum(steps), vocab, mask_id, config.animate) as watcher:
-        for x in generate_pages(fill, x, mask_id, windows, steps):
-            watcher.see(x[:, hidden:], keep_all=config.html)
-    texts = [decode(row, vocab) for row in x[:, hidden:].tolist()]
+        for page in generate_pages(fill, x, mask_id, windows, steps):
+            watcher.see(page[:, hidden:], keep_all=config.html)
+    texts = [decode(row, vocab) for row in watcher.states[-1].tolist()]
     seconds = time.perf_counter() - started
     for number, text in enumerate(texts, 1):
         if len(texts) > 1:
@@ -142,8 +142,10 @@ def make_page(config, vocab, model_config, record):
     check(length * config.num_samples <= 10_000_000,
           f"{config.num_samples} x {length} tokens are more than 10,000,000: give a smaller "
           "--gen_length or fewer --num_samples")
-    check(record == 1 or length <= model_config.block_size, f"this model writes records of "
-          f"{model_config.block_size} characters at most, not {length}")
+    check(record == 1 or length <= model_config.block_size,
+          f"this model writes {model_config.block_size} characters at most, not {length}")
+    check(record == 1 or config.infill is None or length % record == 0,
+          f"--infill has {length} characters, and this model was trained on records of {record}")
     return ids + [model_config.mask_id] * gen_length, hidden
 
 
@@ -230,14 +232,14 @@ def solve_puzzles(config, given, model, vocab, n):
         empty = x == mask_id
         steps = config.steps or int(empty.sum())
         with Watcher(x, steps, vocab, mask_id, config.animate) as watcher:
-            for x in unmask_until_sure(predictor, x, mask_id, steps, generator=generator,
-                                       **settings):
-                watcher.see(x, keep_all=config.html)
-        text = decode(x[0].tolist(), vocab)
+            for page in unmask_until_sure(predictor, x, mask_id, steps, generator=generator,
+                                          **settings):
+                watcher.see(page, keep_all=config.html)
+        text = decode(page[0].tolist(), vocab)
         print(text.replace("\n", "") + "\n" if puzzle.one_line else text, end="", flush=True)
-        sure = certainty(predictor, x, empty, mask_id).item() >= SURE
-        print("" if sure else f"not sure of this answer ({settings['tries']} tries); ",
-              f"[{watcher.passes} steps; seed {config.seed}]", sep="", file=sys.stderr)
+        if certainty(predictor, page, empty, mask_id).item() < settings["sure"]:
+            print(f"not sure of this answer ({settings['tries']} tries)", file=sys.stderr)
+        print(f"[{watcher.passes} steps; seed {config.seed}]", file=sys.stderr)
         if config.html:
             save_replay(config.html, watcher.states, mask_id, vocab)
 

@@ -34,10 +34,9 @@ from tqdm import tqdm
 from diffusion import autoregressive_loss, diffusion_loss, forward_process
 from lib.common import check, knob, one_line_errors, open_streams, parse_knobs, say
 from lib.data import cut_windows, data_folder, read_meta
-from lib.device import pick_device, read_processes
+from lib.device import read_processes
 from lib.muon import Muon
-from lib.run import (begin, evaluate, evaluate_checkpoint, finish, save, set_up,
-                     stop_on_signals)
+from lib.run import begin, evaluate, evaluate_checkpoint, finish, save, set_up, stop_on_signals
 
 
 @dataclass

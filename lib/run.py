@@ -17,12 +17,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib.checkpoint import (load_checkpoint, load_object, resolve_path, save_checkpoint,
-                            save_object)
+from lib.checkpoint import load_checkpoint, load_object, resolve_path, save_checkpoint, save_object
 from lib.common import check, say, write_atomically
 from lib.data import characters_per_token, data_folder, load_data, read_meta
-from lib.device import (Processes, autocast, choose_attention, connect, name_of, pick_device,
-                        pick_dtype)
+from lib.device import (
+    Processes,
+    autocast,
+    choose_attention,
+    connect,
+    name_of,
+    pick_device,
+    pick_dtype,
+)
 from lib.evaluate import describe, measure
 from model import GPT, GPTConfig
 
@@ -214,8 +220,8 @@ def load_state(run, state):
 def save_state(run):
     """Write X.pt.state. ValueError if it is not as this run left it: another run writes it, too."""
     saved = run.state_path.stat().st_mtime_ns if run.state_path.exists() else None
-    check(saved == run.state_saved, f"another run has changed {run.state_path}: stopping. Give each "
-                                    "run a --save_filename of its own")
+    check(saved == run.state_saved, f"another run has changed {run.state_path}: stopping. Give "
+                                    "each run a --save_filename of its own")
     state = {name: part.state_dict() for name, part in run.parts().items()}
     state |= {name: getattr(run, name) for name in PROGRESS}
     state |= dict(config=asdict(run.config), vocab=run.vocab, dtype=name_of(run.dtype),

@@ -26,7 +26,8 @@ def score(model, vocab, text, passes=64):
         if model.config.causal:
             exact += next_token_losses(model, mask_id, windows).sum().item()
         else:
-            exact += length * exact_nll(model, windows, mask_id, length, block_length=1).sum().item()
+            nll = exact_nll(model, windows, mask_id, steps=length, block_length=1)
+            exact += length * nll.sum().item()
             bound += len(part) * estimate_nelbo(model, windows, mask_id, passes)[0]
     exact, bound = exact / len(text), bound / len(text)
     if model.config.causal:

@@ -14,6 +14,7 @@ piece, repeat.
 
 import heapq
 import re
+import unicodedata
 from array import array
 from collections import Counter, defaultdict
 
@@ -23,14 +24,21 @@ from tqdm import tqdm
 MAX_TOKENS = 65_535  # tokens of a vocabulary: ids are uint16, and [MASK] needs one
 # No piece crosses the border of a word: a run of letters and digits, or of other signs, with the
 # space before it. All other white space stands alone, so no piece crosses a line's end either.
-# (A text without spaces is cut into words of 32 characters.)
-WORD = re.compile(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s")
+# (A text without spaces is cut into words of 32 characters.) Combining marks, such as the vowel
+# signs of Hindi, and zero-width joiners belong to the word that they stand in.
+MARKS = "\u200c\u200d" + "".join(char for char in map(chr, range(0x300, 0x1F000))
+                                 if unicodedata.category(char)[0] == "M")
+WORD = re.compile(rf" ?\w[\w{MARKS}]{{0,31}}| ?[^\w\s]{{1,32}}|\s")
+# Vocabularies of earlier versions, whose words ended before a mark, are encoded by their own words.
+OLD_WORD = re.compile(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s")
+WITHIN_WORD = re.compile(rf"\w[{MARKS}]")
 
 
 def learn_pieces(text, vocab_size=None, alphabet=()):
-    """-> a vocabulary: the characters of text and alphabet, sorted, and then pieces, those learned
-    first standing first, up to vocab_size (None: no pieces) or until no pair of neighbours occurs
-    twice. Deterministic. ValueError if vocab_size does not fit the characters, or uint16 ids."""
+    """Return a vocabulary: the characters of text and alphabet, sorted, and then word pieces in the
+    order in which they were learned, up to vocab_size (None: no pieces) or until no pair of
+    neighbours occurs twice. Deterministic. ValueError if vocab_size does not fit the characters, or
+    uint16 ids."""
     vocab = sorted(set(text) | set(alphabet))
     if len(vocab) > MAX_TOKENS:
         raise ValueError(f"{len(vocab):,} different characters; at most {MAX_TOKENS:,} fit uint16 "
@@ -78,7 +86,7 @@ def learn_pieces(text, vocab_size=None, alphabet=()):
 
 
 def join(parts, pair):
-    """Make one part of pair wherever it occurs in the list parts, from the left."""
+    """Join the two parts of pair wherever they are neighbours in the list parts, from the left."""
     joined, i = [], 0
     while i < len(parts):
         both = tuple(parts[i:i + 2]) == pair
@@ -88,10 +96,10 @@ def join(parts, pair):
 
 
 def encode(text, vocab, holes="", mask_id=None):
-    """-> ids (N,) uint16. A word is divided into characters; then the neighbours that make the
-    piece of the lowest id are joined, again and again. Every character that is in the string holes
-    becomes mask_id; the text on either side of it is encoded by itself. ValueError for characters
-    that vocab does not have."""
+    """Return the ids of text, (N,) uint16. A word is divided into characters; then the neighbours
+    that make the piece of the lowest id are joined, again and again. Every character that is in the
+    string holes becomes mask_id; the text on either side of it is encoded by itself. ValueError for
+    characters that vocab does not have."""
     id_of = {token: i for i, token in enumerate(vocab)} | dict.fromkeys(holes, mask_id)
     unknown = sorted(set(text) - set(id_of))
     if unknown:
@@ -99,9 +107,10 @@ def encode(text, vocab, holes="", mask_id=None):
                          + " ".join(map(repr, unknown[:20])))
     if all(len(token) == 1 for token in vocab):
         return np.fromiter(map(id_of.get, text), dtype=np.uint16)
-    ids, known = array("H"), {}                                        # known: a word -> its ids
+    ids, known = array("H"), {}                              # known: the ids of each word so far
     runs = re.split(f"([{re.escape(holes)}])", text) if holes else [text]
-    words = (match[0] for run in runs for match in WORD.finditer(run))
+    pattern = WORD if any(map(WITHIN_WORD.search, vocab)) else OLD_WORD
+    words = (match[0] for run in runs for match in pattern.finditer(run))
     for word in tqdm(words, desc="encoding", unit="word", unit_scale=True, leave=False, delay=1,
                      disable=None):
         if word not in known:
@@ -111,7 +120,7 @@ def encode(text, vocab, holes="", mask_id=None):
 
 
 def encode_word(word, id_of):
-    """-> a list of ids."""
+    """Return the ids of one word, a list."""
     parts = list(word)
     while len(parts) > 1:
         ranks = [id_of.get(a + b, MAX_TOKENS) for a, b in zip(parts, parts[1:])]
@@ -123,5 +132,5 @@ def encode_word(word, id_of):
 
 
 def decode(ids, vocab):
-    """-> the text that ids, any sequence of integers, stand for."""
+    """Return the text that ids, any sequence of integers, stand for."""
     return "".join(vocab[i] for i in ids)

@@ -23,8 +23,15 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.common import (check, knob, one_line_errors, open_streams, parse_knobs,  # noqa: E402
-                        read_text, write_atomically)
+from lib.common import (  # noqa: E402
+    check,
+    knob,
+    one_line_errors,
+    open_streams,
+    parse_knobs,
+    read_text,
+    write_atomically,
+)
 from lib.data import FILES, write_dataset  # noqa: E402
 from lib.tokenizer import encode, learn_pieces  # noqa: E402
 
