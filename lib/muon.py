@@ -2,14 +2,16 @@
 Muon, the optimizer of the blocks' matrices (K. Jordan et al., 2024).
 
 In the gradient of a matrix, a few directions with large singular values drown all others, which may
-matter as much. Muon averages gradients (momentum), and then brings all singular values of the
-average near one: that is its step.
+matter as much. Muon averages the gradients (momentum) and brings all singular values of the average
+near one. The result is its step.
 """
 
 import math
 from collections import defaultdict
 
 import torch
+
+from lib.device import has_bfloat16
 
 
 class Muon(torch.optim.Optimizer):
@@ -39,12 +41,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices):
-    """matrices (N, m, n) -> the same singular vectors, with singular values of 0.7 to 1.2, but for
-    those that were nearly zero. Five steps of a Newton-Schulz iteration, x <- a x + b (x x^T) x
-    + c (x x^T)^2 x, in bfloat16."""
+    """Return matrices (N, m, n) with the same singular vectors and with singular values of 0.7 to
+    1.2, except for those that were nearly zero. Five steps of a Newton-Schulz iteration,
+    x <- a x + b (x x^T) x + c (x x^T)^2 x, in bfloat16 where the device has units for it."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = matrices.mT if tall else matrices
+    x = x.to(torch.bfloat16 if has_bfloat16(x.device) else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above one
     for _ in range(5):
         gram = x @ x.mT

@@ -9,7 +9,7 @@ from diffusion import predict
 
 
 @torch.no_grad()
-def missing_rates(model, x, mask_id, block_size, smoothing=20):
+def missing_rates(model, x, mask_id, block_size, smoothing=2):
     """Estimate for every token what share of its occurrences is missing from a text x (T,) long,
     which has mask_id where a token is missing. In training, all tokens are missing at equal rates.
     If the rates differ, Bayes' rule multiplies the model's probability of a token in a hole by the
@@ -17,7 +17,7 @@ def missing_rates(model, x, mask_id, block_size, smoothing=20):
 
     Expectation maximization (Dempster et al., 1977): count every token in what is left and, as the
     model and the rates so far expect it, in the holes; compute the rates from the counts; repeat.
-    smoothing: that many more occurrences of each token are counted, missing at the average rate."""
+    smoothing: so many more missing occurrences of each token are counted, at the average rate."""
     p = torch.cat([predict(model, part[None], mask_id)[0][part == mask_id]
                    for part in x.split(block_size)]).softmax(dim=-1)      # (holes, mask_id)
     left = x[x != mask_id].bincount(minlength=mask_id)                    # (mask_id,)
@@ -26,7 +26,7 @@ def missing_rates(model, x, mask_id, block_size, smoothing=20):
     for _ in range(10):
         weights = p * rates
         missing = (weights / weights.sum(dim=1, keepdim=True)).sum(dim=0)
-        rates = (missing + smoothing * share) / (left + missing + smoothing)
+        rates = (missing + smoothing) / (left + missing + smoothing / share)
     return rates
 
 
