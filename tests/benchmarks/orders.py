@@ -1,0 +1,134 @@
+"""
+Which order of writing is best? The exact likelihood of real text under each order, in nats per
+character, with no judge.
+
+    python tests/benchmarks/orders.py                      # the shipped model, 128 windows
+    python tests/benchmarks/orders.py --path=X --steps=64,16 --orders=random,dilated
+    python tests/benchmarks/orders.py --windows=435 --steps=256 --orders="left to right"   # all
+    python tests/benchmarks/orders.py --json=shipped.json --picture=assets/orders.png
+
+Tiny Shakespeare must be prepared. Windows of 256 characters are spread over the validation text.
+All orders see the same windows, so each difference from random order has a far smaller error than
+the values themselves. --picture needs matplotlib: pip install ".[picture]". A device with a GPU
+takes two minutes for everything, two CPU cores take hours: choose fewer windows there.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import diffusion  # noqa: E402
+from lib.checkpoint import load_checkpoint, resolve_path  # noqa: E402
+from lib.data import data_folder, load_data, spread_windows  # noqa: E402
+from lib.device import pick_device  # noqa: E402
+
+ORDERS = {  # what exact_nll is given
+    "left to right": dict(remasking="random", block_length=1),
+    "most confident first": dict(remasking="low_confidence"),
+    "largest margin first": dict(remasking="margin"),
+    "lowest entropy first": dict(remasking="entropy"),
+    "random": dict(remasking="random"),
+    "spread apart (dilated)": dict(remasking="dilated"),
+}
+written_in_diffusion = diffusion.writing_order
+
+
+def writing_order(remasking, p, x0_p, noise):
+    """diffusion.writing_order with two more orders."""
+    if remasking == "margin":
+        top = p.topk(2, dim=-1).values
+        return top[..., 0] - top[..., 1]
+    if remasking == "entropy":
+        return torch.special.entr(p).sum(dim=-1).neg().exp()
+    return written_in_diffusion(remasking, p, x0_p, noise)
+
+
+def measure(model, windows, order, steps, batch_size=64):
+    """Return the exact NLL of every window, (W,), in nats per token."""
+    generator = torch.Generator(windows.device).manual_seed(0)
+    parts = tqdm(windows.split(batch_size), desc=f"{order}, {steps} steps", leave=False,
+                 disable=None)
+    return torch.cat([diffusion.exact_nll(model, part, model.config.mask_id, steps,
+                                          generator=generator, **ORDERS[order])
+                      for part in parts]).cpu()
+
+
+def mean_and_error(x):
+    return x.mean().item(), x.std().item() / math.sqrt(len(x))
+
+
+def print_tables(found, orders, all_steps):
+    """found: {(order, steps): (W,)}."""
+    print("| order | " + " | ".join(f"{n} steps" for n in all_steps) + " |\n"
+          + "|---" * (len(all_steps) + 1) + "|")
+    for order in orders:
+        cells = [f"{mean_and_error(found[order, n])[0]:.3f}" for n in all_steps]
+        print(f"| {order} | {' | '.join(cells)} |")
+    base = found.get(("random", all_steps[0]))
+    if base is not None:
+        print(f"\nThe difference from random order in {all_steps[0]} steps, with its error:\n")
+        for order in orders:
+            cells = ["{:+.3f} ± {:.3f}".format(*mean_and_error(found[order, n] - base))
+                     for n in all_steps]
+            print(f"| {order} | {' | '.join(cells)} |")
+
+
+def draw(found, orders, all_steps, windows, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    for order, marker in zip(orders, "o^Dv sX".replace(" ", "")):
+        ax.plot([256 / n for n in all_steps],
+                [found[order, n].mean().item() for n in all_steps], marker=marker, label=order)
+    ax.set(xscale="log", xlabel="characters written at once",
+           ylabel="exact negative log-likelihood of validation text,\nnats per character "
+                  "(lower is better)",
+           title=f"Characters that are written at once should stand apart ({windows} windows)")
+    ax.set_xticks([256 / n for n in all_steps], [f"{256 // n}" for n in all_steps])
+    ax.minorticks_off()
+    ax.grid(alpha=0.2)
+    ax.legend(frameon=False)
+    fig.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", default="pretrained_gpt_last", help="the checkpoint")
+    parser.add_argument("--windows", type=int, default=128, help="how many windows of 256")
+    parser.add_argument("--steps", default="256,128,64,32,16,8", help="between commas")
+    parser.add_argument("--orders", default=",".join(ORDERS), help="between commas")
+    parser.add_argument("--json", help="write the value of every window to this file")
+    parser.add_argument("--picture", help="draw the table to this file")
+    args = parser.parse_args()
+    diffusion.writing_order = writing_order
+    device, why = pick_device()
+    model, vocab, _ = load_checkpoint(resolve_path(args.path), device)
+    _, val_data, _ = load_data(data_folder("shakespeare_char", ""), 256, vocab)
+    windows = spread_windows(val_data, args.windows * 256, 256).to(device)
+    orders, all_steps = args.orders.split(","), [int(n) for n in args.steps.split(",")]
+    print(f"{time.strftime('%Y-%m-%d')}, {device} ({why}), float32, {args.path}, "
+          f"{len(windows)} windows\n", flush=True)
+    found = {(order, n): measure(model, windows, order, n) for n in all_steps for order in orders}
+    print_tables(found, orders, all_steps)
+    for order in orders:
+        value, error = mean_and_error(found[order, all_steps[0]])
+        print(f"\n{order}, {all_steps[0]} steps: {value:.4f} ± {error:.4f}", end="")
+    print()
+    if args.json:
+        Path(args.json).write_text(json.dumps({f"{order}, {n}": values.tolist()
+                                               for (order, n), values in found.items()}))
+    if args.picture:
+        draw(found, orders, all_steps, len(windows), args.picture)
+
+
+if __name__ == "__main__":
+    main()
