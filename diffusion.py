@@ -163,7 +163,8 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
         yield x
 
 
-def check_arguments(steps, temperature, block_length, cfg_scale, revise, threshold):
+def check_arguments(steps=1, temperature=1.0, block_length=None, cfg_scale=0.0, revise=0.0,
+                    threshold=None):
     for name, value, valid, range_ in (
             ("steps", steps, steps >= 1, "at least 1"),
             ("temperature", temperature, 0 <= temperature < torch.inf, "finite and at least 0"),
@@ -283,11 +284,13 @@ def unmask_until_sure(model, x, mask_id, steps, tries, temperature=0.0, sure=0.9
     the settings go to."""
     masked = x == mask_id                                                 # (B, T)
     best, surest = x, torch.full((len(x),), -1.0, dtype=torch.float64, device=x.device)
-    for _ in range(tries):
+    for attempt in range(tries):
         doubtful = surest < sure                                          # (B,)
         if not doubtful.any():
             break
-        page = best
+        page = torch.where(doubtful[:, None], x, best)
+        if attempt:
+            yield page
         for state in unmask(model, x[doubtful], mask_id, steps, temperature, **settings):
             page = page.clone()
             page[doubtful] = state
@@ -343,6 +346,7 @@ def left_to_right(model, x, mask_id, temperature=1.0, generator=None):
     """The twin's counterpart of unmask: one token per forward pass, each given those to its left,
     with a key/value cache. x (B, T) long holds a prompt, equally long in each row, and then
     mask_id. model: a causal GPT. An iterator that yields a new (B, T) state after every step."""
+    check_arguments(temperature=temperature)
     cache, done = model.make_cache(*x.shape), 0
     for i in range(int((x[0] != mask_id).sum()), x.shape[1]):
         shifted = F.pad(x, (1, 0), value=mask_id)             # what predicts position i stands at i

@@ -87,12 +87,12 @@ LONG_GAP = 64       # holes in a row from which --infill writes like a page
 def write_pages(config, given, model, vocab, record):
     """Write num_samples pages: with a prompt, without one, or with holes to fill."""
     mask_id = model.config.mask_id
-    ids, hidden = make_page(config, vocab, model.config, record)
+    ids, hidden, space = make_page(config, vocab, model.config, record)
     x = torch.tensor([ids] * config.num_samples, device=home_of(model))   # (num_samples, T)
     generator = torch.Generator(x.device).manual_seed(config.seed)
     started = time.perf_counter()
     given_text = decode([i for i in ids[hidden:] if i != mask_id], vocab)
-    if len(given_text) < len(config.prompt or ""):  # make_page left out a space
+    if space:
         x = begin_word(model, x, vocab, generator)
     windows = page_windows(x[0] == mask_id, model.config.block_size)
     fill, steps = make_sampler(config, given, model, x[0], windows, generator)
@@ -115,9 +115,9 @@ def write_pages(config, given, model, vocab, record):
 
 
 def make_page(config, vocab, model_config, record):
-    """Return the ids of the page, mask_id wherever text is wanted, and how many of them not to
-    show."""
-    hidden = gen_length = 0
+    """Return the ids of the page, mask_id wherever text is wanted; how many of them not to show;
+    and whether the first token to write must begin with a space."""
+    hidden, gen_length, space = 0, 0, False
     if config.infill is not None:
         flag, text, holes = "--infill", text_of(config.infill), config.mask_char
         check(holes in text, f"--infill={config.infill[:60]!r} has no holes ({holes}) to fill, or "
@@ -125,8 +125,8 @@ def make_page(config, vocab, model_config, record):
     else:
         flag, text, holes = "--prompt", config.prompt or "", ""
         text = read_text("-") if text == "-" else text
-        if len(vocab[-1]) > 1 and text.endswith(" "):  # word pieces begin with their space
-            text = text[:-1]
+        space = text.endswith(" ") and any(len(token) > 1 for token in vocab)
+        text = text[:-1] if space else text  # word pieces begin with their space
         if not text and "\n" in vocab and record == 1:
             text, hidden = "\n", 1  # a page without a prompt begins at a line's start
     try:
@@ -146,7 +146,7 @@ def make_page(config, vocab, model_config, record):
           f"this model writes {model_config.block_size} characters at most, not {length}")
     check(record == 1 or config.infill is None or length % record == 0,
           f"--infill has {length} characters, and this model was trained on records of {record}")
-    return ids + [model_config.mask_id] * gen_length, hidden
+    return ids + [model_config.mask_id] * gen_length, hidden, space
 
 
 def hint(text, flag):
@@ -177,15 +177,10 @@ def make_sampler(config, given, model, page, windows, generator):
     model_config, mask_id = model.config, model.config.mask_id
     chosen = {name: given[name] for name in SAMPLER if name in given}
     if model_config.causal:
-        for flag in ("infill", "steps", "tries", *chosen):
-            check(flag not in given or flag == "temperature", f"--{flag} is for diffusion; "
-                  f"{config.path} is causal and writes from left to right")
         settings = {**TWIN, **chosen, "generator": generator}
         return (lambda x, _: left_to_right(model, x, mask_id, **settings),
                 share_steps(windows, None, model_config.block_size))
     check("tries" not in given, "--tries is for puzzles")
-    check(config.steps is None or config.steps >= 1, f"--steps must be at least 1, not "
-                                                     f"{config.steps}")
     holes = "".join("_" if i == mask_id else " " for i in page.tolist()).split()
     short = config.infill is not None and max(map(len, holes)) < LONG_GAP
     settings = {**(INFILL if short else PAGE), **chosen, "generator": generator}
@@ -230,7 +225,7 @@ def solve_puzzles(config, given, model, vocab, n):
         ids = encode(puzzle.to_page(), vocab, "_", mask_id).tolist()
         x = torch.tensor([ids], device=generator.device)                  # (1, T)
         empty = x == mask_id
-        steps = config.steps or int(empty.sum())
+        steps = int(empty.sum()) if config.steps is None else config.steps
         with Watcher(x, steps, vocab, mask_id, config.animate) as watcher:
             for page in unmask_until_sure(predictor, x, mask_id, steps, generator=generator,
                                           **settings):
@@ -255,12 +250,17 @@ def run(config, given):
     check(config.html is None or config.html.endswith(".html")
           and Path(config.html).resolve().parent.is_dir(),
           f"--html={config.html} must be the name of an .html file in a folder that exists")
+    check(config.steps is None or config.steps >= 1, f"--steps must be at least 1, not "
+                                                     f"{config.steps}")
     for name in ("prompt", "gen_length"):
         check(config.infill is None or name not in given,
               f"--infill and --{name} do not go together: the page is the text of --infill")
     device, _ = pick_device(config.device)
     model, vocab, info = load_checkpoint(resolve_path(config.path or SHIPPED), device)
     model.to(pick_dtype(config.dtype, device)[0])
+    for flag in ("infill", "steps", "tries", *SAMPLER):
+        check(not model.config.causal or flag not in given or flag == "temperature",
+              f"--{flag} is for diffusion; {config.path} is causal and writes from left to right")
     record = info.get("record", 1)
     check(type(record) is int and record > 0, f"{config.path} has records of {record!r} characters")
     n = math.isqrt(record)

@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 from diffusion import autoregressive_loss, diffusion_loss, forward_process
 from lib.common import check, knob, one_line_errors, open_streams, parse_knobs, say
-from lib.data import cut_windows, data_folder, read_meta
+from lib.data import data_folder, read_meta
 from lib.device import read_processes
 from lib.muon import Muon
 from lib.run import begin, evaluate, evaluate_checkpoint, finish, save, set_up, stop_on_signals
+from lib.windows import cut_windows
 
 
 @dataclass
@@ -300,11 +301,10 @@ def main():
         if config.eval_only:
             evaluate_checkpoint(config, given, processes)
             return
-        if config.warmup_iters >= config.max_iters and not config.resume:
-            say(f"warning: --warmup_iters={config.warmup_iters} is not less than "
-                f"--max_iters={config.max_iters}: the learning rate will not reach its peak",
-                sys.stderr)
         run = set_up(config, given, processes, make_optimizers)
+        if run.config.warmup_iters >= run.config.max_iters and processes.rank == 0:
+            say(f"warning: --warmup_iters={run.config.warmup_iters} is not less than --max_iters="
+                f"{run.config.max_iters}: the learning rate will not reach its peak", sys.stderr)
         begin(run)
         try:
             train(run)

@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 def resolve_path(name):
     """Return the file that a user means by X: X.pt, or X itself if it ends in .pt already."""
     path = Path(os.path.expanduser(name))
-    check(path.name and not str(name).endswith(("/", os.sep)),
+    check(path.name not in ("", "..") and not str(name).endswith(("/", os.sep)),
           f"{str(name)!r} is not the name of a checkpoint file")
     return path if path.suffix == ".pt" else path.with_name(path.name + ".pt")
 

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -101,8 +101,8 @@ def one_line_errors(advice, rank=0):
     except (OSError, ValueError) as e:
         try:
             sys.stdout.flush()
-        except OSError:  # stdout itself is what failed: nothing more can be written to it
-            sys.stdout = open(os.devnull, "w")
+        except OSError:  # stdout itself is what failed: what it still holds goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):  # its reader has left, as in: python main.py | head
             sys.exit(1)
         fail(e) if rank == 0 else sys.exit(2)
@@ -141,8 +141,8 @@ def write_atomically(path, data):
     except OSError as e:
         raise OSError(f"{path} can't be written: {e.strerror}") from e
     finally:
-        if tmp.exists():
-            tmp.unlink()
+        with suppress(OSError):  # it is gone already, or can't be removed, and the error says why
+            os.unlink(tmp)
 
 
 def regular_file(path):

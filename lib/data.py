@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lib.common import check, write_atomically
 from lib.tokenizer import decode, encode
@@ -93,16 +92,3 @@ def load_data(folder, block_size, vocab=None, grow=False):
               f"{path} has {len(ids)} tokens, fewer than one --block_size={block_size}")
         splits.append(ids)
     return *splits, vocab
-
-
-def cut_windows(data, starts, length):
-    """Return the windows of data (N,) that begin at starts (B,): (B, length) long."""
-    positions = starts[:, None] + torch.arange(length)       # (B, length)
-    return torch.from_numpy(np.asarray(data)[positions.numpy()].astype(np.int64))
-
-
-def spread_windows(data, n_tokens, length):
-    """Return as many windows of data (N,) as n_tokens hold, spread evenly over it: (W, length)."""
-    n_windows = min(n_tokens, len(data)) // length
-    starts = length * torch.linspace(0, len(data) // length - 1, n_windows).round().long()
-    return cut_windows(data, starts, length)

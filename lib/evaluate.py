@@ -7,7 +7,8 @@ import math
 from tqdm import tqdm
 
 from diffusion import estimate_nelbo, estimate_nll
-from lib.data import characters_per_token, spread_windows
+from lib.data import characters_per_token
+from lib.windows import spread_windows
 
 
 def measure(model, data, vocab, passes, batch_size, context, n_tokens=None):

@@ -217,11 +217,15 @@ def load_state(run, state):
     run.state_saved = run.state_path.stat().st_mtime_ns
 
 
-def save_state(run):
-    """Write X.pt.state. ValueError if it is not as this run left it: another run writes it, too."""
+def check_state(run):
+    """ValueError if X.pt.state is not as this run left it: another run has the same name."""
     saved = run.state_path.stat().st_mtime_ns if run.state_path.exists() else None
     check(saved == run.state_saved, f"another run has changed {run.state_path}: stopping. Give "
                                     "each run a --save_filename of its own")
+
+
+def save_state(run):
+    check_state(run)
     state = {name: part.state_dict() for name, part in run.parts().items()}
     state |= {name: getattr(run, name) for name in PROGRESS}
     state |= dict(config=asdict(run.config), vocab=run.vocab, dtype=name_of(run.dtype),
@@ -235,6 +239,7 @@ def save_state(run):
 
 def evaluate(run):
     """Measure both splits, save the model if it is the best so far, and write the loss curve."""
+    check_state(run)
     config, loss = run.config, float(np.mean(run.losses))
     row = dict(iteration=run.iteration, minutes=run.minutes(), loss=loss)
     for split, data in (("train", run.train_data), ("val", run.val_data)):
@@ -286,6 +291,7 @@ def save_model(run):
 def save(run):
     """The first process writes what the run needs to go on; the others wait for it."""
     if run.processes.rank == 0:
+        check_state(run)
         if not run.history:
             save_model(run)  # interrupted before the first evaluation
         save_state(run)
@@ -306,7 +312,7 @@ def finish(run):
         say(f"done in {run.minutes():.1f} minutes. {run.path} holds the best model: iteration "
             f"{best['iteration']:,}, {best['val']:.4f} nats per character on validation; "
             f"{run.path}.csv holds the loss curve. Now: python main.py --path={run.path}"
-            + " --infill=assets/puzzle.txt" * (run.record > 1))
+            + " --infill=assets/puzzle.txt" * (run.record > 1 and not run.config.causal))
     return 0
 
 

@@ -31,7 +31,7 @@ MARKS = "\u200c\u200d" + "".join(char for char in map(chr, range(0x300, 0x1F000)
 WORD = re.compile(rf" ?\w[\w{MARKS}]{{0,31}}| ?[^\w\s]{{1,32}}|\s")
 # Vocabularies of earlier versions, whose words ended before a mark, are encoded by their own words.
 OLD_WORD = re.compile(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s")
-WITHIN_WORD = re.compile(rf"\w[{MARKS}]")
+JOINED = re.compile(rf"\w[{MARKS}]|[{MARKS}]\w")
 
 
 def learn_pieces(text, vocab_size=None, alphabet=()):
@@ -109,7 +109,7 @@ def encode(text, vocab, holes="", mask_id=None):
         return np.fromiter(map(id_of.get, text), dtype=np.uint16)
     ids, known = array("H"), {}                              # known: the ids of each word so far
     runs = re.split(f"([{re.escape(holes)}])", text) if holes else [text]
-    pattern = WORD if any(map(WITHIN_WORD.search, vocab)) else OLD_WORD
+    pattern = WORD if any(map(JOINED.search, vocab)) else OLD_WORD
     words = (match[0] for run in runs for match in pattern.finditer(run))
     for word in tqdm(words, desc="encoding", unit="word", unit_scale=True, leave=False, delay=1,
                      disable=None):

@@ -1,3 +1,5 @@
+"""What all test files share: data, ways to run the commands, and exact probabilities."""
+
 import hashlib
 import itertools
 import random
@@ -22,14 +24,14 @@ TINY = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
 
 
 def real_text():
-    """Tiny Shakespeare, or None where prepare.py has not downloaded it."""
+    """Return Tiny Shakespeare, or None where prepare.py has not downloaded it."""
     data = SHAKESPEARE.read_bytes() if SHAKESPEARE.exists() else b""
     return data.decode() if hashlib.sha256(data).hexdigest() == prepare.SHA256 else None
 
 
 @pytest.fixture(scope="session")
 def text():
-    """Real text where it is at hand, otherwise words in random order."""
+    """Return real text where it is at hand, otherwise words in random order."""
     words = ("the king and queen of this fair land shall speak to thee\n"
              "no more, my lord: good night.\n").split(" ")
     return (real_text() or " ".join(random.Random(0).choices(words, k=4_000)))[:20_000]
@@ -45,7 +47,8 @@ def data_dir(text, tmp_path_factory):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(module, *flags) -> what its main() printed and its exit status, in this process."""
+    """call(module, *flags) runs a script's main() in this process, and returns what it printed
+    (out, err) and its exit status (code)."""
     def call(module, *flags):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         code = 0
@@ -69,7 +72,7 @@ def sample(call):
 
 @pytest.fixture
 def run():
-    """run(script, *flags, cwd=...) -> a finished process."""
+    """run(script, *flags, cwd=...) returns a finished process."""
     def run(script, *flags, cwd=None):
         return subprocess.run([sys.executable, str(script), *map(str, flags)], cwd=cwd,
                               capture_output=True, text=True)
@@ -77,7 +80,7 @@ def run():
 
 
 def assert_one_line_error(result, *words):
-    """Bad input: one line on stderr, exit status 2, no traceback."""
+    """Bad input gives one line on stderr, which has these words, exit status 2 and no traceback."""
     lines = [line for line in result.err.splitlines() if line.strip()]
     assert result.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), result
     for word in words:
@@ -85,7 +88,7 @@ def assert_one_line_error(result, *words):
 
 
 def read_help(text):
-    """The output of --help -> {group: {flag: its help}}."""
+    """Return the output of --help as {group: {flag: its help}}."""
     groups, flag = {}, None
     for line in text.splitlines():
         if line.endswith(":") and not line.startswith(" "):
@@ -102,21 +105,21 @@ def read_help(text):
 # distributions
 
 def pearson(counts, p):
-    """Pearson's statistic of counts (K,) against probabilities p (K,)."""
+    """Return Pearson's statistic of counts (K,) against probabilities p (K,)."""
     expected = p * counts.sum()
     return float(((counts - expected) ** 2 / expected).sum())
 
 
 def largest_by_chance(degrees):
-    """What Pearson's statistic exceeds about once in 1,000 times if counts are samples of p:
+    """Return what Pearson's statistic exceeds about once in 1,000 times if counts are samples of p:
     Wilson and Hilferty's approximation of the quantile of chi-square."""
     z = 3.0902  # the standard normal's
     return degrees * (1 - 2 / (9 * degrees) + z * (2 / (9 * degrees)) ** 0.5) ** 3
 
 
 def compare(counts, p):
-    """-> (Pearson's statistic, what it exceeds once in 1,000 times by chance, whether something was
-    counted that has probability 0)."""
+    """Return Pearson's statistic, what it exceeds once in 1,000 times by chance, and whether
+    something was counted that has probability 0."""
     counts, p = torch.as_tensor(counts).double(), torch.as_tensor(p).detach().double()
     assert counts.shape == p.shape and abs(p.sum() - 1) < 1e-5
     possible = p > 0
@@ -125,7 +128,7 @@ def compare(counts, p):
 
 
 def assert_distribution(counts, p):
-    """counts (K,) are what samples of p (K,) look like: a false alarm in 1,000."""
+    """counts (K,) are what samples of p (K,) look like. A false alarm in 1,000 seeds."""
     statistic, threshold, impossible = compare(counts, p)
     assert not impossible and statistic < threshold, (statistic, threshold, impossible)
 
@@ -157,7 +160,3 @@ class Table(torch.nn.Module):
         p = p / p.sum(-1, keepdim=True)
         p[..., self.config.mask_id] = 1e6
         return p.log()
-
-    def index(self, x):
-        """(B, T) sequences -> (B,) their places among the outcomes."""
-        return (x[:, None] == self.outcomes).all(-1).int().argmax(-1)

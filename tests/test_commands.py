@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model import load_checkpoint
+from lib.checkpoint import load_checkpoint
 
 SMALL = ("--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4")
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -17,10 +17,11 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 
 @pytest.fixture
 def clone(tmp_path, text):
-    for name in ("model.py", "muon.py", "tokenizer.py", "train.py", "main.py", "common.py",
-                 "data/shakespeare_char/prepare.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    """A folder with the code and the text, as after git clone, and nothing else."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("data/*/prepare.py")):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
     (tmp_path / "data/shakespeare_char/input.txt").write_text(text, encoding="utf-8")
     return tmp_path
 
@@ -42,17 +43,17 @@ def test_the_three_commands(clone, run, device):
         assert written.returncode == 0 and len(written.stdout) == 32, written.stderr
 
 
-def test_without_the_flag_the_file_is_unmask_pt(clone, run):
-    run("data/shakespeare_char/prepare.py", cwd=clone)
-    assert run("train.py", *SMALL, "--max_iters=2", cwd=clone).returncode == 0
+def test_without_the_flag_the_file_is_unmask_pt(clone, run, data_dir):
+    assert run("train.py", *SMALL, "--max_iters=2", f"--data_dir={data_dir}",
+               cwd=clone).returncode == 0
     assert sorted(p.name for p in clone.glob("*.pt")) == ["unmask.pt"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_real_signal_saves_and_says_how_to_go_on(clone, run, name):
-    run("data/shakespeare_char/prepare.py", cwd=clone)
-    flags = ["train.py", "--save_filename=X", *SMALL, "--max_iters=1000000", "--eval_interval=20"]
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_real_signal_saves_and_says_how_to_go_on(clone, data_dir, name):
+    flags = ["train.py", "--save_filename=X", *SMALL, "--max_iters=1000000", "--eval_interval=20",
+             f"--data_dir={data_dir}"]
     process = subprocess.Popen([sys.executable, *flags], cwd=clone, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, bufsize=1)
     for line in process.stdout:
@@ -65,9 +66,9 @@ def test_a_real_signal_saves_and_says_how_to_go_on(clone, run, name):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
-def test_nohup_survives_a_closed_terminal(clone, run):
-    run("data/shakespeare_char/prepare.py", cwd=clone)
-    flags = ["train.py", "--save_filename=X", *SMALL, "--max_iters=60", "--eval_interval=20"]
+def test_nohup_survives_a_closed_terminal(clone, data_dir):
+    flags = ["train.py", "--save_filename=X", *SMALL, "--max_iters=60", "--eval_interval=20",
+             f"--data_dir={data_dir}"]
     process = subprocess.Popen(["nohup", sys.executable, *flags], cwd=clone, text=True, bufsize=1,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:

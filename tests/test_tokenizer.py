@@ -1,20 +1,26 @@
 """Word pieces: learned, encoded, and in all three commands."""
 
+import io
 import json
 import random
 import re
+import sys
+import unicodedata
 
 import numpy as np
 import prepare
 import pytest
 import torch
 from conftest import assert_one_line_error
+from helpers import replay, save_gpt
 
 import main as main_script
 import train as train_script
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from tokenizer import decode, encode, learn_pieces
-from train import characters_per_token, estimate_nelbo, estimate_nll, measure
+from diffusion import estimate_nelbo, estimate_nll
+from lib.checkpoint import load_checkpoint
+from lib.data import characters_per_token
+from lib.evaluate import measure
+from lib.tokenizer import decode, encode, learn_pieces
 
 ALPHABET = "abc AB'.\n\t\r\u2028é中\U0001f389\u0301_1"
 
@@ -36,9 +42,37 @@ def test_pieces_are_the_most_frequent_pairs():
     assert learn_pieces("ba ba", None, alphabet="z") == [" ", "a", "b", "z"]
 
 
+def is_letter(char):
+    return char.isalnum() or char == "_"
+
+
+def is_mark(char):
+    return unicodedata.category(char)[0] == "M" or char in "\u200c\u200d"
+
+
+def words_of(text):
+    """The words of a text, as they are defined: a run of letters, which may hold marks, or of other
+    signs, at most 32 characters, with the space before it. Other white space stands alone."""
+    words, i = [], 0
+    while i < len(text):
+        j = i + (text[i] == " " and not text[i + 1:i + 2].isspace())
+        end = j + 1
+        if j < len(text) and not text[j].isspace():
+            def belongs(char, first=text[j]):
+                if is_letter(first):
+                    return is_letter(char) or is_mark(char)
+                return not is_letter(char) and not char.isspace()
+            while end < len(text) and end - j < 32 and belongs(text[end]):
+                end += 1
+        words.append(text[i:end])
+        i = end
+    return words
+
+
 def naive_pieces(text, size):
-    """Byte-pair encoding as it is defined: count all pairs anew for every piece."""
-    words = [list(word) for word in re.findall(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s", text)]
+    """Byte-pair encoding as it is defined: count all pairs anew for every piece. Returns the
+    vocabulary and the tokens of the text."""
+    words = [list(word) for word in words_of(text)]
     vocab = sorted(set(text))
     while len(vocab) < size:
         counts = {}
@@ -67,11 +101,70 @@ def test_learning_agrees_with_the_definition(seed):
     assert vocab == expected and len(vocab) == len(set(vocab)) > len(set(text))
 
 
-def test_encoding_divides_the_text_as_learning_did():
-    text = random_text(random.Random(1), 1_500)
+@pytest.mark.parametrize("seed", range(4))
+def test_encoding_divides_the_text_as_learning_did(seed):
+    text = random_text(random.Random(seed), 1_500)
     vocab = learn_pieces(text, 50)
     assert [vocab[i] for i in encode(text, vocab)] == naive_pieces(text, 50)[1]
 
+
+# -----------------------------------------------------------------------------
+# combining marks
+
+HINDI = "हिन्दी विकिपीडिया है\n"
+THAI = "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน\n"
+ARABIC = "اَلْعَرَبِيَّةُ لُغَةٌ سَامِيَّةٌ قَدِيمَةٌ\n"
+PERSIAN = "می\u200cخواهم کتاب\u200cها\n"  # with zero-width non-joiners
+
+
+@pytest.mark.parametrize("line, n_vocab, n_tokens", [
+    (HINDI, 32, 4), (THAI, 62, 3), (ARABIC, 52, 5), (PERSIAN, None, 3)])
+def test_a_word_may_hold_combining_marks_and_zero_width_joiners(line, n_vocab, n_tokens):
+    """So a line that is repeated becomes a token for each word (for 32 characters, where there are
+    no spaces) and one for the line's end."""
+    text = line * 500
+    vocab = learn_pieces(text, 200)
+    ids = encode(text, vocab)
+    assert len(ids) == n_tokens * 500 and decode(ids, vocab) == text
+    assert n_vocab is None or len(vocab) == n_vocab
+    assert all(word in vocab for word in words_of(line))
+
+
+def test_a_piece_that_begins_with_a_mark_is_used_in_encoding():
+    """The letters before the accent differ, so accent and b are joined first."""
+    text = "".join(f"{letter}\u0301b " for letter in "acdefghijk") * 5
+    vocab = learn_pieces(text, len(set(text)) + 1)
+    assert vocab[-1] == "\u0301b"
+    assert [vocab[i] for i in encode(text, vocab)] == naive_pieces(text, len(vocab))[1]
+
+
+# What the version without marks in words learned (git show 5f77f10:tokenizer.py), the characters
+# first, and how it encoded a text.
+OLD = [
+    ([*"\n ,.:adefghiklmnopqrstuy", " t", " l", " m", " s", " th", "an", "and", "ee", "or", " and",
+      " f", " g", " k", " n", " o", " q", " fa", " fai", " fair", " go", " goo", " good", " ki",
+      " kin", " king", " land", " lor", " lord", " mor", " my", " more", " ni", " nig", " nigh",
+      " night", " of"],
+     "the fair king, my lord of the land:\ngood night",
+     ["t", "h", "e", " fair", " king", ",", " my", " lord", " of", " th", "e", " land", ":", "\n",
+      "g", "o", "o", "d", " night"]),
+    ([*"\n कडदनपयवहािीै्।", " व", " ह", "ै।"],
+     "हिन्दी विकिपीडिया है।\n",
+     ["ह", "ि", "न", "्", "द", "ी", " व", "ि", "क", "ि", "प", "ी", "ड", "ि", "य", "ा", " ह", "ै।",
+      "\n"]),
+    (["a", "\u0301", "aa"],  # a word of 32 characters begins after the mark
+     "a" * 31 + "\u0301" + "a" * 31, ["aa"] * 15 + ["a", "\u0301"] + ["aa"] * 15 + ["a"]),
+]
+
+
+@pytest.mark.parametrize("vocab, text, tokens", OLD)
+def test_a_vocabulary_of_an_earlier_version_encodes_as_it_did(vocab, text, tokens):
+    ids = encode(text, vocab)
+    assert [vocab[i] for i in ids] == tokens and decode(ids, vocab) == text
+
+
+# -----------------------------------------------------------------------------
+# encoding
 
 def test_any_text_of_known_characters_comes_back():
     rng, vocab = random.Random(2), vocabulary()
@@ -100,7 +193,7 @@ def test_no_piece_crosses_a_line_or_a_word():
     """So the lines of a text are encoded alike wherever they stand."""
     rng, vocab = random.Random(4), vocabulary(size=120)
     assert not any("\n" in token and token != "\n" for token in vocab)
-    assert not any(re.search(r"\w \w|\s\s|\w[.']", token) for token in vocab)
+    assert not any(re.search(r"\w \w|\s\s|\w[.']|[.']\w", token) for token in vocab)
     for _ in range(100):
         lines = [random_text(rng, 20) + "\n" for _ in range(3)]
         together = encode("".join(lines), vocab).tolist()
@@ -130,11 +223,7 @@ def pieces_dir(text, tmp_path_factory):
 def pieces(pieces_dir, tmp_path_factory):
     """A model of word pieces, untrained."""
     vocab = json.loads((pieces_dir / "meta.json").read_text(encoding="utf-8"))["chars"]
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=len(vocab) + 1, n_layer=1, n_head=2, n_embd=16))
-    path = tmp_path_factory.mktemp("model") / "pieces.pt"
-    save_checkpoint(path, model, vocab)
-    return path
+    return save_gpt(tmp_path_factory.mktemp("model") / "pieces.pt", vocab, 16)
 
 
 def test_prepare_learns_on_the_training_part_alone(call, tmp_path):
@@ -168,15 +257,18 @@ def test_measures_are_per_character(pieces, pieces_dir):
         assert nats == pytest.approx(expected, rel=1e-5)
     assert characters_per_token(used, vocab) == len(decode(used, vocab)) / len(used) > 1.2
     assert characters_per_token(np.array([0, 1, 1]), ["a", "b"]) == 1
-    assert estimate_nelbo(model, data)[0] == pytest.approx(np.log(len(vocab)), rel=1e-5)
-    assert estimate_nll(model, data)[0] == pytest.approx(np.log(len(vocab)), rel=1e-5)
+    windows, mask_id = torch.from_numpy(used.astype(np.int64)).view(-1, 16), len(vocab)
+    for estimate in (estimate_nelbo, estimate_nll):  # these are per token
+        nats = estimate(model, windows, mask_id)[0]
+        assert nats == pytest.approx(np.log(len(vocab)), rel=1e-5)
 
 
 def test_train_and_continue_on_characters(call, pieces_dir, data_dir, tmp_path):
     """A model of pieces goes on on data of characters, and the other way round: the text is
     encoded in the model's vocabulary."""
     tiny = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
-            "--device=cpu", "--dtype=float32", "--max_iters=2", "--eval_chars=64")
+            "--device=cpu", "--dtype=float32", "--max_iters=2", "--eval_tokens=64",
+            "--warmup_iters=1")
     x, y = tmp_path / "x.pt", tmp_path / "y.pt"
     result = call(train_script, *tiny, f"--save_filename={x}", f"--data_dir={pieces_dir}")
     assert result.code == 0 and "nats per character" in result.out
@@ -203,7 +295,7 @@ def test_pages_prompts_and_holes(sample, pieces, tmp_path):
     result = sample(*many, "--prompt=the king and ", f"--html={tmp_path}/run.html")
     first, second = result.out.removesuffix("\n").split("\n\f")
     assert first.startswith("the king and ") and second.startswith("the king and ")
-    length = len(first + second) - 2 * len("the king and ")
+    length = len(first + second) - 2 * len("the king and")  # the space is part of what is written
     assert length > 80 * 1.1 and f", {length} characters in" in result.err
     assert (tmp_path / "run.html").exists()
 
@@ -213,21 +305,34 @@ def test_pages_prompts_and_holes(sample, pieces, tmp_path):
     assert_one_line_error(sample(f"--path={pieces}", "--infill=th_ \u4e2d"), "--infill", "'\u4e2d'")
 
 
-def test_the_animation_shows_every_character(pieces):
-    vocab = load_checkpoint(pieces)[1]
-    piece = max(range(200), key=lambda i: len(vocab[i]))
-    row = [piece, vocab.index("\n"), 200]
-    shown = main_script.frame(row, row, 200, vocab, "footer", 80, 24)
-    text = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown)
-    assert text.startswith(f"{vocab[piece]}\r\n░")
+@pytest.mark.parametrize("prompt", ["the king and ", " ", "the \n ", "the  "])
+@pytest.mark.parametrize("how", ["command line", "stdin"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_after_a_prompt_that_ends_in_a_space_a_new_word_begins(sample, pieces_dir, tmp_path, causal,
+                                                               monkeypatch, how, prompt):
+    """In training, a space belongs to the word after it. So the prompt comes back with its space,
+    which is the beginning of the first token written."""
+    vocab = json.loads((pieces_dir / "meta.json").read_text(encoding="utf-8"))["chars"]
+    path = save_gpt(tmp_path / "x.pt", vocab, 16, causal=causal)
+    flags = (f"--path={path}", "--prompt=-" if how == "stdin" else f"--prompt={prompt}")
+    firsts = set()
+    for seed in range(4):
+        html = tmp_path / "run.html"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+        result = sample(*flags, f"--seed={seed}", f"--html={html}", "--dtype=float32")
+        assert result.code == 0 and result.out.startswith(prompt), result
+        shown = replay(html.read_text(encoding="utf-8"))[2]["start"][0]
+        given = [token for token in shown if token is not None]
+        assert "".join(given[:-1]) == prompt[:-1] and given[-1].startswith(" ")
+        firsts.add(given[-1])
+    assert len(firsts) > 1  # which word begins is the model's choice
 
 
-def test_noise_is_drawn_where_masks_are_alone(monkeypatch):
-    drawn = []
-    real = torch.rand
-    monkeypatch.setattr(torch, "rand", lambda shape, **how: drawn.append(shape) or
-                        real(shape, **how))
-    x = torch.tensor([[0, 9, 1, 9], [2, 3, 4, 9]])
-    for _ in main_script.unmask(lambda x: torch.zeros(*x.shape, 10), x, 9, 2):
-        pass
-    assert drawn == [(2, 4), (3, 9), (1, 9)]  # the order; then 3 masks, then 1
+def test_without_a_space_at_its_end_a_prompt_may_go_on_within_a_word(sample, pieces, monkeypatch):
+    """Nothing is added: not to a prompt of the command line or of stdin, nor to an empty one."""
+    monkeypatch.setattr(main_script, "begin_word", None)
+    for prompt, text in (("the king", ""), ("-", "the king"), ("-", ""), ("", "")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert sample(f"--path={pieces}", f"--prompt={prompt}").code == 0
+    assert sample(f"--path={pieces}").code == 0
+    assert sample(f"--path={pieces}", "--infill=the _ing ").code == 0

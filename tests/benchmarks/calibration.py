@@ -1,14 +1,16 @@
 """
-Is a model too sure of itself? The NELBO with its logits divided by tau (temperature scaling,
-arXiv 1706.04599): lower at some tau > 1, if it is.
+Is a model too sure of itself? This script divides its logits by tau (temperature scaling,
+arXiv 1706.04599) and measures the NELBO, the bound on the likelihood. If the NELBO is lower at some
+tau above 1, the model is too sure of itself.
 
     python tests/benchmarks/calibration.py --path=X                       # the table
     python tests/benchmarks/calibration.py --path=X --save_filename=Y     # X with the best tau
 
-tau is chosen on every other window of the validation text of Tiny Shakespeare; the other windows
-show what it is worth on text that had no say in it. The logits are linear in weight and bias of the
-last LayerNorm, so Y is X with those divided by tau: neither its size nor its likeliest characters
-change. What ships is divided already: its file says logits_divided_by=1.25.
+tau is chosen on every other window of the validation text of Tiny Shakespeare. The other windows
+show what it gains on text that was not used to choose it. The logits are linear in the weight and
+the bias of the last LayerNorm, so Y is X with those divided by tau: neither its size nor its
+likeliest characters change. The model that ships is divided already: its file says
+logits_divided_by=1.25.
 """
 
 import argparse
@@ -17,14 +19,17 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import load_checkpoint, pick_device, pick_dtype, resolve_path, save_checkpoint
-from train import TrainConfig, autocast_to, load_data, measure
+from lib.checkpoint import load_checkpoint, resolve_path, save_checkpoint
+from lib.data import data_folder, load_data
+from lib.device import autocast, choose_attention, pick_device, pick_dtype
+from lib.evaluate import measure
+from main import SHIPPED
 
 TAUS = tuple(i / 20 for i in range(20, 29))                 # 1.00, 1.05, ... 1.40
 
 
 def divide_logits(model, tau):
-    """-> a copy of the model whose logits are those of model, divided by tau."""
+    """Return a copy of the model whose logits are those of model, divided by tau."""
     model = copy.deepcopy(model)
     for p in model.ln_f.parameters():
         p.data /= tau
@@ -34,14 +39,15 @@ def divide_logits(model, tau):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", default="pretrained_gpt_last", help="the checkpoint")
+    parser.add_argument("--path", default=SHIPPED, help="the checkpoint")
     parser.add_argument("--save_filename", help="write the calibrated model to this checkpoint")
     args = parser.parse_args()
     device, _ = pick_device()
     dtype, _ = pick_dtype("auto", device)
-    model, chars, info = load_checkpoint(resolve_path(args.path), device)
+    choose_attention(device)
+    model, vocab, info = load_checkpoint(resolve_path(args.path), device)
     L = model.config.block_size
-    _, val_data, _ = load_data(TrainConfig(), L, chars)
+    _, val_data, _ = load_data(data_folder("shakespeare_char", ""), L, vocab)
     val_windows = val_data[:len(val_data) // L * L].reshape(-1, L)
     halves = [val_windows[start::2].ravel() for start in (0, 1)]
 
@@ -50,13 +56,13 @@ def main():
     for tau in TAUS:
         divided = divide_logits(model, tau)
         (chosen, se), (rest, rest_se) = (
-            measure(divided, half, chars, 8, 64, autocast_to(dtype, device))[1:] for half in halves)
+            measure(divided, half, vocab, 8, 64, autocast(dtype, device))[1:] for half in halves)
         found[tau] = chosen
         print(f"{tau:4.2f}  {chosen:9.4f} +- {se:.4f}  {rest:9.4f} +- {rest_se:.4f}", flush=True)
     best = min(found, key=found.get)
     if args.save_filename:
         info["logits_divided_by"] = info.get("logits_divided_by", 1.0) * best
-        save_checkpoint(resolve_path(args.save_filename), divide_logits(model, best), chars, **info)
+        save_checkpoint(resolve_path(args.save_filename), divide_logits(model, best), vocab, **info)
         print(f"{resolve_path(args.save_filename)} is {args.path} with tau = {best:.2f}")
 
 

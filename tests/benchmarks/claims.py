@@ -1,6 +1,6 @@
 """
-What does diffusion change? The claims, measured beside the autoregressive twin: the same network,
-script and data.
+What does diffusion change? The claims of the README are measured on a diffusion model and on its
+twin, a GPT: the same network with a causal mask, trained by the same script on the same data.
 
     python tests/benchmarks/claims.py --minutes=20    # train diffusion, twin and a judge for 20
                                                       # minutes each, then measure
@@ -8,10 +8,10 @@ script and data.
     python tests/benchmarks/claims.py --diffusion=D --twin=T --judge=J --pages=64 \\
         --json=claims.json --picture=claims.png
 
-Tiny Shakespeare must be prepared. The judge is a twin of another seed and size. Each number comes
-with its standard error: over windows, or over groups of 8 pages (see metrics.py). Everything is
-printed as tables for the README and written to --json; --picture needs matplotlib:
-pip install ".[picture]".
+Tiny Shakespeare must be prepared. The judge, which scores text that others write, is a GPT of
+another seed and size. Each number comes with its standard error: of the bound over passes, of the
+written text over groups of 8 pages (metrics.py), and otherwise over windows. Everything is printed
+as tables and written to --json; --picture needs matplotlib: pip install ".[picture]".
 """
 
 import argparse
@@ -27,33 +27,39 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from main import unmask  # noqa: E402
-from metrics import DISTINCT, JUDGED, TITLES, Metrics, cut, draw, name_of, write  # noqa: E402
-from model import load_checkpoint, pick_dtype, resolve_path  # noqa: E402
-from training import add_gradient, seconds  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from metrics import DISTINCT, JUDGED, ROOT, TITLES, Metrics, cut, draw, name_of, write
+from training import add_gradient, run_of, seconds
+
+import train
+from diffusion import next_token_losses, token_losses, unmask
+from lib.checkpoint import load_checkpoint, resolve_path
+from lib.data import data_folder, load_data
+from lib.device import autocast, choose_attention, pick_dtype
+from lib.evaluate import measure
+from lib.tokenizer import decode
+from lib.windows import cut_windows
+from main import PAGE
 
 CONTESTANT = ["--n_layer=4", "--n_head=4", "--n_embd=256"]
 JUDGE = ["--causal", "--n_layer=5", "--n_head=5", "--n_embd=320", "--seed=4242"]
-TWIN = (0.6, 0.7, 0.8, 0.9, 1.0)  # temperatures
-DIFFUSION = [  # unmask's arguments
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)  # of the twin
+DIFFUSION = [  # arguments of unmask
     dict(remasking="low_confidence", temperature=1.0, steps=64),
     dict(remasking="random", temperature=0.7, steps=64),
     dict(remasking="dilated", temperature=1.0, steps=32, revise=0.3),
     dict(remasking="dilated", temperature=0.8, steps=16, revise=0.3),
-    dict(remasking="dilated", temperature=0.65, steps=14, revise=0.2),
-    dict(remasking="dilated", temperature=0.65, steps=32, revise=0.2),
-    dict(remasking="dilated", temperature=0.65, steps=64, revise=0.2),
+    PAGE,
+    dict(PAGE, steps=32),
+    dict(PAGE, steps=64),
 ]
 HOLES = [("random", share) for share in (0.10, 0.25, 0.50, 0.75)]
 HOLES += [("span", length) for length in (1, 2, 4, 8, 16, 32)]
 
 
 def seconds_per_iteration(flags):
-    """Of train.py with these flags, from a few iterations."""
-    run = train.set_up(train.parse_args(flags)[0], {})
+    """Measure a few iterations of train.py with these flags."""
+    run = run_of(flags)
 
     def iteration():
         train.set_learning_rates(run)
@@ -73,23 +79,25 @@ def train_all(args):
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
-def likelihood(models, splits, chars, autocast):
+def likelihood(models, splits, vocab, context):
+    """Measure the likelihood of both splits: for diffusion the bound, for the twin the exact
+    value."""
     print("\n| | train nats | validation nats | validation bits |\n|---|---|---|---|")
     rows = {}
     for name, model in models.items():
-        rows[name] = {split: train.measure(model, data, chars, 8, 64, autocast)
+        rows[name] = {split: measure(model, data, vocab, 8, 64, context)
                       for split, data in splits.items()}
-        (measure, t, t_se), (_, v, v_se) = rows[name]["train"], rows[name]["val"]
-        print(f"| {name}: {measure} | {t:.4f} ± {t_se:.4f} | {v:.4f} ± {v_se:.4f} | "
+        (measured, t, t_se), (_, v, v_se) = rows[name]["train"], rows[name]["val"]
+        print(f"| {name}: {measured} | {t:.4f} ± {t_se:.4f} | {v:.4f} ± {v_se:.4f} | "
               f"{v / math.log(2):.4f} |", flush=True)
     return rows
 
 
-def writing(models, metrics, chars, val_text, pages):
-    """Speed, quality and diversity of what both write, and of real text."""
+def writing(models, metrics, vocab, val_text, pages):
+    """Measure the speed, quality and diversity of what both write, and score real text."""
     T = models["diffusion"].config.block_size
     rows = [dict(name="real validation text", **metrics(cut(val_text, T)))]
-    settings = [("twin", dict(temperature=t), f"twin, temperature {t}") for t in TWIN]
+    settings = [("twin", dict(temperature=t), f"twin, temperature {t}") for t in TEMPERATURES]
     settings += [("diffusion", how, name_of(how)) for how in DIFFUSION]
     names = list(rows[0])[1:]
     print("\n| | s/page | s/page of 16 | " + " | ".join(names)
@@ -98,17 +106,17 @@ def writing(models, metrics, chars, val_text, pages):
         if who:
             written, many, _ = write(models[who], how, pages, 16)
             _, one, _ = write(models[who], how, 2, 1)
-            written = ["".join(chars[i] for i in page) for page in written]
-            rows.append(dict(name=name, who=who, one=one, many=many, **metrics(written)))
+            scores = metrics([decode(page, vocab) for page in written])
+            rows.append(dict(name=name, who=who, one=one, many=many, **scores))
         row = rows[-1]
         times = f"{row['one']:.2f} | {row['many']:.2f}" if who else " | "
         scores = " | ".join(f"{row[n][0]:.3f} ± {row[n][1]:.3f}" for n in names)
         print(f"| {row['name']} | {times} | {scores} |", flush=True)
-    beside_the_twin(rows)
+    compare(rows)
     return rows
 
 
-def beside_the_twin(rows):
+def compare(rows):
     """Add to every row of diffusion how it compares with the twin at equal diversity and at equal
     likelihood."""
     twin = sorted((row[DISTINCT][0], row[JUDGED][0]) for row in rows if row.get("who") == "twin")
@@ -117,8 +125,8 @@ def beside_the_twin(rows):
     def more(x, y, xs, ys):
         return y - np.interp(x, xs, ys) if xs[0] <= x <= xs[-1] else None
 
-    print("\n| beside the twin | judged nats, more than the twin's at equal distinct 4-grams | "
-          "distinct 4-grams, more than the twin's at equal judged nats |\n|---|---|---|")
+    print("\n| compared with the twin | judged nats minus the twin's, at equal distinct 4-grams | "
+          "distinct 4-grams minus the twin's, at equal judged nats |\n|---|---|---|")
     for row in rows:
         if row.get("who") == "diffusion":
             d, j = row[DISTINCT][0], row[JUDGED][0]
@@ -130,7 +138,7 @@ def beside_the_twin(rows):
 
 
 def hide(kind, size, W, L, g):
-    """-> (W, L) bool, what is hidden in each window: a share of it at random, or one span."""
+    """Return (W, L) bool, what is hidden in each window: a share of it at random, or one span."""
     rank = torch.rand(W, L, generator=g).argsort(1).argsort(1)
     if kind == "random":
         return rank < round(size * L)
@@ -139,8 +147,8 @@ def hide(kind, size, W, L, g):
 
 
 @torch.no_grad()
-def missing(models, data, autocast, n_windows):
-    """Bits per hidden character, and the share restored exactly."""
+def missing(models, data, context, n_windows):
+    """Measure the bits per hidden character, and the share of them that is restored exactly."""
     rows = []
     print("\n| hidden | diffusion, bits | twin, bits | diffusion, restored | twin, restored |\n"
           "|---|---|---|---|---|")
@@ -148,11 +156,11 @@ def missing(models, data, autocast, n_windows):
         g = torch.Generator().manual_seed(0)
         W = n_windows if kind == "random" else 4 * n_windows
         L = models["diffusion"].config.block_size
-        x = train.windows(data, torch.linspace(0, len(data) - L, W).long(), L)
+        x = cut_windows(data, torch.linspace(0, len(data) - L, W).long(), L)
         hidden = hide(kind, size, W, L, g)
         n_hidden = hidden.sum(1)
-        bits = dict(diffusion=diffusion_bits(models["diffusion"], x, hidden, autocast, g),
-                    twin=twin_bits(models["twin"], x, hidden, autocast))
+        bits = dict(diffusion=diffusion_bits(models["diffusion"], x, hidden, context, g),
+                    twin=twin_bits(models["twin"], x, hidden, context))
         filled = dict(diffusion=diffusion_fill(models["diffusion"], x, hidden),
                       twin=twin_fill(models["twin"], x, hidden))
         right = {name: ((page == x) & hidden).sum(1) / n_hidden for name, page in filled.items()}
@@ -166,22 +174,22 @@ def missing(models, data, autocast, n_windows):
     return rows
 
 
-def diffusion_bits(model, x, hidden, autocast, g, passes=8):
-    """The exact-count bound of estimate_nelbo, on the hidden characters alone. -> (W,)"""
+def diffusion_bits(model, x, hidden, context, g, passes=8):
+    """Return the bound of estimate_nelbo for the hidden characters alone, (W,) bits."""
     n_hidden, mask_id, bits = hidden.sum(1), model.config.mask_id, torch.zeros(len(x))
     for _ in range(passes):
         n = (torch.rand(len(x), generator=g) * n_hidden).long() + 1
         rank = torch.rand(x.shape, generator=g).masked_fill(~hidden, 2.0).argsort(1).argsort(1)
         mask = rank < n[:, None]
-        with autocast:
-            losses = train.token_losses(model, torch.where(mask, mask_id, x), x, mask_id)
+        with context:
+            losses = token_losses(model, torch.where(mask, mask_id, x), x, mask_id)
         bits += (losses * mask).sum(1) / n / passes / math.log(2)
     return bits
 
 
-def twin_bits(model, x, hidden, autocast):
-    with autocast:
-        losses = train.next_token_losses(model, model.config.mask_id, x)
+def twin_bits(model, x, hidden, context):
+    with context:
+        losses = next_token_losses(model, model.config.mask_id, x)
     return (losses * hidden).sum(1) / hidden.sum(1) / math.log(2)
 
 
@@ -193,8 +201,8 @@ def diffusion_fill(model, x, hidden):
 
 
 def twin_fill(model, x, hidden):
-    """The likeliest character, given what stands or was filled in to the left, one position at a
-    time."""
+    """Fill one hidden character after the other, from left to right, with the likeliest one given
+    the characters to its left."""
     W, L = x.shape
     mask_id, cache = model.config.mask_id, model.make_cache(W, L)
     page = torch.cat([torch.full((W, 1), mask_id), x.masked_fill(hidden, mask_id)], dim=1)
@@ -219,15 +227,16 @@ def main():
     args = parser.parse_args()
     if args.minutes:
         train_all(args)
-    (diffusion, chars, d_info), (twin, _, t_info), (judge, judge_chars, _) = (
+    (diffusion, vocab, d_info), (twin, _, t_info), (judge, judge_vocab, _) = (
         load_checkpoint(resolve_path(path)) for path in (args.diffusion, args.twin, args.judge))
     assert twin.config.causal and judge.config.causal and not diffusion.config.causal
-    assert chars == judge_chars
-    data = train.load_data(train.TrainConfig(), diffusion.config.block_size, chars)[:2]
-    train_data, val_data = data
-    train_text, val_text = ("".join(chars[i] for i in ids.tolist()) for ids in data)
-    dtype, _ = pick_dtype("auto", torch.device("cpu"))
-    autocast = train.autocast_to(dtype, torch.device("cpu"))
+    assert vocab == judge_vocab
+    train_data, val_data, _ = load_data(data_folder("shakespeare_char", ""),
+                                        diffusion.config.block_size, vocab)
+    device = torch.device("cpu")
+    dtype, _ = pick_dtype("auto", device)
+    context = autocast(dtype, device)
+    choose_attention(device)
     models = dict(diffusion=diffusion, twin=twin)
     result = dict(
         command=" ".join(["python tests/benchmarks/claims.py", *sys.argv[1:]]),
@@ -240,12 +249,12 @@ def main():
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters; "
               f"{result['trained'][name]}")
     splits = dict(train=train_data[:len(val_data)], val=val_data)
-    result["likelihood"] = likelihood(models, splits, chars, autocast)
-    torch.backends.cuda.enable_flash_sdp(True)  # which autocast_to disables, and main.py does not
+    result["likelihood"] = likelihood(models, splits, vocab, context)
+    torch.backends.cuda.enable_flash_sdp(True)  # main.py does without choose_attention
     fast = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}
-    metrics = Metrics(judge, chars, train_text)
-    result["writing"] = rows = writing(fast, metrics, chars, val_text, args.pages)
-    result["missing"] = missing(models, val_data, autocast, args.windows)
+    metrics = Metrics(judge, vocab, decode(train_data, vocab))
+    result["writing"] = rows = writing(fast, metrics, vocab, decode(val_data, vocab), args.pages)
+    result["missing"] = missing(models, val_data, context, args.windows)
     Path(args.json).write_text(json.dumps(result, indent=1, default=float))
     if args.picture:
         points = [(row["name"], row[DISTINCT][0], row[JUDGED][0]) for row in rows]

@@ -1,13 +1,13 @@
 """
-What the benchmarks of generated text measure, and how: pages are written and timed, then scored by
-a judge and a few counts, cut like real ones.
+What the benchmarks of generated text measure. Pages are written and timed, and then scored: by a
+judge, which is an autoregressive model, and by a few counts.
 
     python tests/benchmarks/metrics.py    # draw assets/{sampling,claims}.png again from the tables
 
-Pages are scored in groups of 8, since some counts depend on how many pages are looked at together;
-what is reported is the mean over the groups and its standard error. Real validation text, cut the
-same way, is the target: for every score but the judge's there is a way to be "better" than real
-text that is worse, and a judge can be pleased by repetition.
+Pages are scored in groups of 8, because some counts depend on how many pages are looked at
+together. The tables report the mean over the groups and its standard error. The target is real
+validation text, cut into pages and scored in the same way. A "better" score than that of real text
+is not better: repetition, for example, pleases the judge.
 """
 
 import math
@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from main import DEFAULTS, left_to_right, unmask  # noqa: E402
-from train import next_token_losses  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from diffusion import left_to_right, next_token_losses, unmask
+from lib.tokenizer import encode
+from main import PAGE
 
-GROUP = 8
+ROOT = Path(__file__).resolve().parents[2]
+GROUP = 8  # pages that are scored together
 JUDGED, DISTINCT = "judged nats", "distinct 4-grams"
 TITLES = {  # of the pictures
     "sampling": "In likelihood and in diversity, the default is near to real text",
@@ -32,7 +33,7 @@ TITLES = {  # of the pictures
               "to real text than diffusion's",
 }
 LABELS = {  # what the legend says of a row whose name begins like this, without and with revision
-    "LLaDA's rule": ("LLaDA's rule: low confidence, 256 passes",) * 2,
+    "LLaDA's rule": ("LLaDA's rule: low confidence, 256 steps",) * 2,
     "random": ("random order", "random order with revision"),
     "low_confidence": ("low confidence", "low confidence with revision"),
     "dilated": ("spread apart (dilated)", "dilated with revision (the default)"),
@@ -50,13 +51,13 @@ def ngrams(text, n):
 
 
 def entropy(items):
-    """Of the distribution of items, in bits."""
+    """Return the entropy of the distribution of items, in bits."""
     counts = Counter(items)
     return -sum(c / counts.total() * math.log2(c / counts.total()) for c in counts.values())
 
 
 def longest_copy(page, text):
-    """The length of the longest piece of page that stands in text as it is."""
+    """Return the length of the longest piece of page that also occurs in text."""
     best = 0
     for i in range(len(page)):
         while i + best < len(page) and page[i:i + best + 1] in text:
@@ -65,16 +66,17 @@ def longest_copy(page, text):
 
 
 class Metrics:
-    def __init__(self, judge, chars, train_text):
-        """judge: a causal GPT (of another seed and size than what it judges) in eval mode; its
-        vocabulary is chars."""
-        self.judge, self.chars, self.train_text = judge, chars, train_text
+    """The scores of pages. judge: a causal GPT in eval mode, of another seed and size than what it
+    judges; its vocabulary vocab holds characters only."""
+
+    def __init__(self, judge, vocab, train_text):
+        self.judge, self.vocab, self.train_text = judge, vocab, train_text
         self.known = set(words_of(train_text))
 
     @torch.no_grad()
     def judged(self, pages):
-        """Negative log-likelihood under the judge, in nats per character."""
-        ids = torch.tensor([[self.chars.index(c) for c in page] for page in pages])
+        """Return the negative log-likelihood under the judge, in nats per character."""
+        ids = torch.tensor([encode(page, self.vocab).tolist() for page in pages])
         return next_token_losses(self.judge, self.judge.config.mask_id, ids).mean().item()
 
     def of_group(self, pages):
@@ -97,8 +99,8 @@ class Metrics:
         }
 
     def __call__(self, pages):
-        """pages: strings of one length, a multiple of 8 of them. -> {name: (mean over groups of 8,
-        standard error)}."""
+        """Return {name: (mean over groups of 8, standard error)} for pages, strings of equal
+        length, whose number is a multiple of 8."""
         groups = [self.of_group(pages[i:i + GROUP]) for i in range(0, len(pages), GROUP)]
         columns = {name: torch.tensor([group[name] for group in groups], dtype=torch.float64)
                    for name in groups[0]}
@@ -107,8 +109,8 @@ class Metrics:
 
 
 def cut(text, length):
-    """All of a real text as pages, in groups of 8 whose pages stand far apart, as generated ones
-    do."""
+    """Cut all of a real text into pages. The pages of a group stand far apart in the text, because
+    generated pages do not continue each other, either."""
     groups = len(text) // length // GROUP
     stride = (len(text) - length) // (groups * GROUP - 1)
     starts = [stride * (i * groups + g) for g in range(groups) for i in range(GROUP)]
@@ -116,26 +118,27 @@ def cut(text, length):
 
 
 def write(model, how, pages, batch):
-    """Pages of one block, by unmask(**how) or, from a causal model, by left_to_right(**how), batch
-    of them at a time. -> (ids (pages, T), seconds per page, forward passes per batch)."""
-    T, mask_id, done, spent, passes = model.config.block_size, model.config.mask_id, [], 0.0, 0
+    """Write pages of one block with unmask(**how) or, if the model is causal, with
+    left_to_right(**how), batch of them at a time. Returns the ids (pages, T), the seconds per page
+    and the steps per batch."""
+    T, mask_id, done, spent, steps = model.config.block_size, model.config.mask_id, [], 0.0, 0
     generator = torch.Generator().manual_seed(1)
     while len(done) < pages:
         x = torch.full((batch, T), mask_id)
         states = (left_to_right if model.config.causal else unmask)(
             model, x, mask_id, generator=generator, **how)
         start = time.perf_counter()
-        passes = 0
-        for state in states:  # where masks have become fewer, there was a forward pass
-            passes += int((state == mask_id).sum() < (x == mask_id).sum())
+        steps = 0
+        for state in states:  # in a step, the masks become fewer
+            steps += int((state == mask_id).sum() < (x == mask_id).sum())
             x = state
         spent += time.perf_counter() - start
         done += x.tolist()
-    return done, spent / len(done), passes
+    return done, spent / len(done), steps
 
 
 def name_of(how):
-    """What a row of a table calls unmask(**how)."""
+    """Return the name of unmask(**how) in a table."""
     extra = [f"blocks of {how['block_length']}"] if how.get("block_length") else []
     extra += [f"revise {how['revise']}"] if how.get("revise") else []
     return ", ".join([how["remasking"], f"temperature {how['temperature']}",
@@ -146,25 +149,26 @@ def name_of(how):
 # the picture
 
 def describe(name):
-    """The name of a row -> (its entry in the legend, the text beside its point, whether a line
-    joins it to the other points of the entry, which differ in one number alone)."""
-    rule, *settings = name.replace("steps", "passes").split(", ")
+    """Return three things about the row of this name: its entry in the legend, the text beside its
+    point, and whether a line joins it to other points of the entry. A line joins points whose
+    settings differ in one number alone."""
+    rule, *settings = name.split(", ")
     revised = any(setting.startswith("revise") for setting in settings)
     label = LABELS[rule][revised]
     if rule == "LLaDA's rule":
-        return label, "256 passes", False
+        return label, "256 steps", False
     if "twin" in rule:
         return label, settings[0], True
-    temperature, passes, *rest = settings
-    defaults = [f"{name} {DEFAULTS[name]}" for name in ("temperature", "revise")]
+    temperature, steps, *rest = settings
+    defaults = [f"{name} {PAGE[name]}" for name in ("temperature", "revise")]
     usual = defaults if revised else [temperature]
     unusual = [setting for setting in (temperature, *rest) if setting not in usual]
-    return label, ", ".join([passes, *unusual]), not unusual
+    return label, ", ".join([steps, *unusual]), not unusual
 
 
 def draw(rows, path, title):
-    """rows: (name, distinct 4-grams, judged nats); the first is real text. A label stands where it
-    covers no other label, point or line."""
+    """Draw the rows (name, distinct 4-grams, judged nats), of which the first is real text, and
+    write the picture to path."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -194,6 +198,8 @@ def draw(rows, path, title):
 
 
 def place_labels(fig, ax, points, real):
+    """Write the text of each point beside it, where it covers no other text, point or line. Where
+    there is no such place, the point has no text."""
     from matplotlib.transforms import Bbox
     fig.canvas.draw()
     fig.set_layout_engine("none")  # what is measured now stays where it is
@@ -223,7 +229,7 @@ def place_labels(fig, ax, points, real):
 
 
 def rows_of(table):
-    """The first table of a .md file with both scores -> the rows that draw wants."""
+    """Return the rows of a .md file's first table with both scores, as draw takes them."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in table.read_text(encoding="utf-8").splitlines()]
     start = next(i for i, row in enumerate(rows) if JUDGED in row and DISTINCT in row)

@@ -24,10 +24,11 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import diffusion  # noqa: E402
-from lib.checkpoint import load_checkpoint, resolve_path  # noqa: E402
-from lib.data import data_folder, load_data, spread_windows  # noqa: E402
-from lib.device import pick_device  # noqa: E402
+import diffusion
+from lib.checkpoint import load_checkpoint, resolve_path
+from lib.data import data_folder, load_data
+from lib.device import pick_device
+from lib.windows import spread_windows
 
 ORDERS = {  # what exact_nll is given
     "left to right": dict(remasking="random", block_length=1),

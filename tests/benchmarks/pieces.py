@@ -1,5 +1,5 @@
 """
-What do word pieces change? Models of characters and of pieces, in one table.
+What do word pieces change? This script compares models of characters and of pieces in one table.
 
     python data/shakespeare_char/prepare.py
     python data/shakespeare_char/prepare.py --vocab_size=512 --out_dir=data/pieces512
@@ -7,9 +7,9 @@ What do word pieces change? Models of characters and of pieces, in one table.
     python train.py --dataset=pieces512 --save_filename=p512
     python tests/benchmarks/pieces.py chars p512        # any checkpoints, causal ones too
 
-Nats per character on the validation text of Tiny Shakespeare, encoded in the vocabulary of each
-model; the share of the words in 32 pages that occur in the training text; and seconds per 1,000
-characters, of pages written one at a time by main.py's defaults.
+It measures the nats per character on the text of Tiny Shakespeare, encoded in the vocabulary of
+each model; the share of the words in 32 pages that occur in the training text; and the seconds per
+1,000 characters of pages that are written one at a time, with main.py's defaults.
 """
 
 import sys
@@ -19,37 +19,41 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train  # noqa: E402
-from main import DEFAULTS, ENOUGH_STEPS, TWIN_DEFAULTS  # noqa: E402
-from metrics import words_of, write  # noqa: E402
-from model import load_checkpoint, pick_dtype, resolve_path  # noqa: E402
-from tokenizer import decode  # noqa: E402
+from metrics import words_of, write
+
+from lib.checkpoint import load_checkpoint, resolve_path
+from lib.data import characters_per_token, data_folder, load_data
+from lib.device import autocast, choose_attention, pick_dtype
+from lib.evaluate import measure
+from lib.tokenizer import decode
+from main import PAGE, TWIN
 
 
 def main():
-    dtype, _ = pick_dtype("auto", torch.device("cpu"))
+    device = torch.device("cpu")
+    dtype, _ = pick_dtype("auto", device)
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {dtype}\n\n"
           "| model | vocabulary | characters per token | minutes | train nats per character | "
           "validation nats per character | words that exist | seconds per 1,000 characters |\n"
           "|" + "---|" * 8)
     for name in sys.argv[1:]:
-        model, chars, info = load_checkpoint(resolve_path(name))
-        train_data, val_data, _ = train.load_data(train.TrainConfig(), 256, chars)
-        autocast = train.autocast_to(dtype, torch.device("cpu"))
-        (measure, nats, se), (_, train_nats, _) = (
-            train.measure(model, data, chars, 8, 16, autocast)
+        model, vocab, info = load_checkpoint(resolve_path(name))
+        train_data, val_data, _ = load_data(data_folder("shakespeare_char", ""), 256, vocab)
+        choose_attention(device)
+        (measured, nats, se), (_, train_nats, _) = (
+            measure(model, data, vocab, 8, 16, autocast(dtype, device))
             for data in (val_data, train_data[:len(val_data)]))
-        torch.backends.cuda.enable_flash_sdp(True)  # which autocast_to disables on a CPU
+        torch.backends.cuda.enable_flash_sdp(True)  # main.py does without choose_attention
         model.to(dtype)
-        how = TWIN_DEFAULTS if model.config.causal else dict(DEFAULTS, steps=ENOUGH_STEPS)
-        pages = [decode(ids, chars) for ids in write(model, how, 32, 16)[0]]
+        how = TWIN if model.config.causal else PAGE
+        pages = [decode(ids, vocab) for ids in write(model, how, 32, 16)[0]]
         ids, seconds, _ = write(model, how, 3, 1)
-        length = sum(len(decode(page, chars)) for page in ids) / len(ids)
-        known = set(words_of(decode(train_data, chars)))
+        length = sum(len(decode(page, vocab)) for page in ids) / len(ids)
+        known = set(words_of(decode(train_data, vocab)))
         words = [word for page in pages for word in words_of(page)[1:-1]]
         share = sum(word in known for word in words) / len(words)
-        print(f"| {name} | {len(chars):,} | {train.characters_per_token(val_data, chars):.2f} | "
-              f"{info['minutes']:.1f} | {train_nats:.3f} | {measure} {nats:.4f} ± {se:.4f} | "
+        print(f"| {name} | {len(vocab):,} | {characters_per_token(val_data, vocab):.2f} | "
+              f"{info['minutes']:.1f} | {train_nats:.3f} | {measured} {nats:.4f} ± {se:.4f} | "
               f"{share:.3f} | {1000 * seconds / length:.2f} |", flush=True)
 
 

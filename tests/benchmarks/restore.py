@@ -1,6 +1,6 @@
 """
-How much of a damaged text comes back, and what is it worth to estimate which characters are
-missing (missing_rates of main.py)?
+How much of a damaged text does main.py restore? And what is it worth to estimate which characters
+are missing (missing_rates in lib/rates.py)?
 
     python tests/benchmarks/restore.py                              # the shipped model
     python tests/benchmarks/restore.py --texts=40 --rows=vowels
@@ -8,8 +8,8 @@ missing (missing_rates of main.py)?
 
 Texts of 1,024 characters are spread over the validation text of Tiny Shakespeare, which must be
 prepared. Some of their characters are replaced by _, and main.py --infill fills the holes, with the
-rates and without. The shares restored exactly are of all holes, their standard errors over the
-texts.
+estimated rates and without them. The table shows what share of all holes is restored exactly, with
+its standard error over the texts.
 """
 
 import argparse
@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import main as sampler  # noqa: E402
-from tokenizer import decode  # noqa: E402
-from train import TrainConfig, load_data  # noqa: E402
+import main as sampler
+from lib.common import parse_knobs
+from lib.data import data_folder, load_data
+from lib.tokenizer import decode
 
 LENGTH = 1024
 SETS = {"vowels": "aeiouAEIOU", "e": "eE", "spaces": " ", "punctuation": ".,;:!?'-"}
@@ -34,7 +35,7 @@ ROWS = (*SETS, "random 10 %", "random 30 %", "a gap of 32")
 
 
 def holes_of(row, text, generator):
-    """-> (length of text,) bool: what the row takes out."""
+    """Return (length of text,) bool: the characters that this row of the table takes out."""
     if row in SETS:
         return np.array([char in SETS[row] for char in text])
     if row.startswith("random"):
@@ -43,11 +44,10 @@ def holes_of(row, text, generator):
     return (np.arange(len(text)) >= start) & (np.arange(len(text)) < start + 32)
 
 
-def fill(text, flags):
-    """-> what main.py --infill prints."""
-    sys.argv = ["main.py", f"--infill={text}", *flags]
+def fill(given):
+    """Return what main.py prints when it is given these flags, {name: value}."""
     with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()):
-        sampler.generate(sampler.parse_args())
+        sampler.run(sampler.SampleConfig(**given), given)
     return output.getvalue()
 
 
@@ -57,9 +57,10 @@ def main():
     parser.add_argument("--texts", type=int, default=10, help="how many (default: %(default)s)")
     parser.add_argument("--rows", default=",".join(ROWS),
                         help="of the table, between commas (default: %(default)s)")
-    args, flags = parser.parse_known_args()
-    _, val_data, chars = load_data(TrainConfig(), LENGTH)
-    corpus = decode(val_data, chars)
+    args, sys.argv[1:] = parser.parse_known_args()
+    given = parse_knobs(sampler.SampleConfig, sampler.__doc__)
+    _, val_data, vocab = load_data(data_folder("shakespeare_char", ""), LENGTH)
+    corpus = decode(val_data, vocab)
     starts = np.linspace(0, len(corpus) - LENGTH, args.texts).astype(int)
     estimate, all_equal = sampler.missing_rates, lambda model, x, mask_id, _: torch.ones(mask_id)
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.texts} texts\n\n"
@@ -73,7 +74,7 @@ def main():
             holes.append(hole.sum())
             for rates, of_text in right.items():
                 sampler.missing_rates = rates
-                filled = fill("".join(np.where(hole, "_", text)), flags)
+                filled = fill({**given, "infill": "".join(np.where(hole, "_", text))})
                 of_text.append((np.array(list(filled[:LENGTH])) == text)[hole].sum())
         cells = []
         for of_text in right.values():

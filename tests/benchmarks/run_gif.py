@@ -1,14 +1,15 @@
 """
-Draw a run as a moving picture, in the look of assets/replay.html.
+Draw a replay that main.py --html wrote as a moving picture, in the look of assets/replay.html.
 
     python main.py --seed=1 --html=run.html
     python tests/benchmarks/run_gif.py run.html assets/run.gif
     python main.py --path=sudoku --infill=assets/puzzle.txt --html=run.html
     python tests/benchmarks/run_gif.py run.html assets/sudoku.gif 24    # of larger letters
 
-One frame for each state of the first page: masks in grey, what is fresh on yellow, the rest from
-blue (decided first) to red (decided last). Needs Pillow (pip install pillow) and, as Debian's
-fonts-dejavu-core installs it, DejaVu Sans Mono.
+There is one frame for each state of the first page. Masks are grey, fresh characters have a yellow
+background, and the others are coloured from blue (decided first) to red (decided last). The script
+needs Pillow (pip install pillow) and the font DejaVu Sans Mono, where Debian's fonts-dejavu-core
+installs it.
 """
 
 import colorsys
@@ -29,8 +30,8 @@ FIRST, EACH, LAST = 900, 180, 3000                      # milliseconds
 
 
 def states_of(html):
-    """-> for every state: the caption, and the page as a list of (character or None, the state in
-    which it was decided)."""
+    """Return a caption and a page for every state. A page is a list of (character or None, number
+    of the state in which it was decided)."""
     run = json.loads(re.search(r'<script id="run"[^>]*>(.*?)</script>', html, re.S)[1])
     writes = [any(char is not None for *_, char in changes) for changes in run["changes"]]
     page = [(char, 0) for char in run["start"][0]]
@@ -41,12 +42,11 @@ def states_of(html):
                 page[position] = char, number
         again = "" if writes[number - 1] else ", masked again"
         states.append((f"step {sum(writes[:number])} of {sum(writes)}{again}", list(page)))
-    if page[0] == ("\n", 0):  # given to say that the page begins at a line's start; not shown
-        states = [(caption, page[1:]) for caption, page in states]
     return states
 
 
 def lines_of(page, columns):
+    """Return the lines of a page, wrapped at so many columns."""
     lines = [[]]
     for char, decided in page:
         if char == "\n" or len(lines[-1]) == columns:
@@ -59,6 +59,7 @@ def lines_of(page, columns):
 
 
 def frames_of(states, size):
+    """Yield the picture of every state. size: of the letters, in pixels."""
     font, small = (ImageFont.truetype(FONT, n) for n in (size, 16))
     width, height, last = round(font.getlength("M")), size * 3 // 2, len(states) - 1
     pages = [lines_of(page, (WIDTH - 2 * MARGIN) // width) for _, page in states]

@@ -1,16 +1,18 @@
 """
-Who solves Sudoku? A mask predictor by several orders of writing, and its autoregressive twin.
+Who solves Sudoku? A mask predictor, which is a diffusion model, tries several orders of writing. It
+is compared with its twin, a GPT: the same network with a causal mask.
 
     python data/sudoku/prepare.py
     python train.py --dataset=sudoku --save_filename=sudoku
     python tests/benchmarks/sudoku.py --train_twin      # as long as the other, and the same size
     python tests/benchmarks/sudoku.py
 
-The twin learns what a left-to-right model needs: the puzzle, and then its solution. Puzzles are
-made of held-out grids, from base grids that no training grid comes from: with 50, 40 or 32 givens
-at random places, and with 28 or 24 so that there is exactly one solution. "Solved" is a valid grid
-with the givens kept. Seconds per puzzle are those of 24 givens, all puzzles in one batch; for
-main.py's way of solving, one puzzle after the other.
+The twin learns what a left-to-right model needs: lines of a puzzle and its solution. The puzzles
+are made of the grids for validation, which come from base grids of their own (prepare.py). They
+have 50, 40 or 32 givens (filled cells) at random places, or 28 or 24 givens and exactly one
+solution. A puzzle is solved by any valid grid that keeps the givens. The seconds per puzzle are
+those of 24 givens. main.py's rule solves one puzzle after the other, the other rules all puzzles in
+one batch.
 """
 
 import argparse
@@ -24,36 +26,37 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "data" / "sudoku")]
-import prepare  # noqa: E402
-from claims import seconds_per_iteration  # noqa: E402
-from common import write_dataset  # noqa: E402
-from main import PUZZLE_TRIES, left_to_right, unmask, unmask_until_sure  # noqa: E402
-from model import load_checkpoint, pick_dtype, resolve_path  # noqa: E402
-from train import next_token_losses  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data" / "sudoku"))
+import prepare
+from claims import seconds_per_iteration
+from metrics import ROOT
+
+from diffusion import left_to_right, next_token_losses, unmask, unmask_until_sure
+from lib.checkpoint import load_checkpoint, resolve_path
+from lib.data import data_folder, load_data, write_dataset
+from lib.device import pick_dtype
+from main import INFILL, PUZZLE
 
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
-SUREST = dict(remasking="low_confidence", temperature=0.0)
-RULES = [  # name, unmask's arguments, cells a step
-    (f"main.py's for puzzles: surest first, up to {PUZZLE_TRIES} tries",
-     dict(SUREST, tries=PUZZLE_TRIES), 1),
-    ("surest first", SUREST, 1),
-    ("surest first", SUREST, 2),
-    ("surest first", SUREST, 4),
-    ("surest first", SUREST, 8),
-    ("surest first, half of the steps revise 30 %", dict(SUREST, revise=0.3), 0.5),
-    ("surest first, guidance 0.5", dict(SUREST, cfg_scale=0.5), 1),
+RULES = [  # name, arguments of unmask, cells per step
+    (f"main.py's for puzzles: surest first, up to {PUZZLE['tries']} tries", PUZZLE, 1),
+    ("surest first", INFILL, 1),
+    ("surest first", INFILL, 2),
+    ("surest first", INFILL, 4),
+    ("surest first", INFILL, 8),
+    ("surest first, half of the steps revise 30 %", dict(INFILL, revise=0.3), 0.5),
+    ("surest first, guidance 0.5", dict(INFILL, cfg_scale=0.5), 1),
     ("random order", dict(remasking="random", temperature=0.0), 1),
     ("dilated, temperature 1, revise 30 %, 32 steps",
      dict(remasking="dilated", temperature=1.0, revise=0.3), None),
     ("the same without revision", dict(remasking="dilated", temperature=1.0), None),
 ]
-EMPTY = 10  # the twin's id of an empty cell; [MASK]'s of the mask predictor
+EMPTY = len(prepare.CHARS)  # for the twin the id of an empty cell, for the mask predictor [MASK]
 
 
 def one_solution(grid, givens, rng):
-    """grid (81,) -> a puzzle of so many givens that has this solution alone, or None."""
+    """Return a puzzle with so many givens whose only solution is grid (81,), or None."""
     cells = list(grid)
     for i in rng.sample(range(81), 81):
         if np.count_nonzero(cells) == givens:
@@ -65,7 +68,7 @@ def one_solution(grid, givens, rng):
 
 
 def puzzles(grids, givens, kind, count, rng):
-    """-> count puzzles (count, 9, 9), 0 where a cell is empty."""
+    """Return count puzzles (count, 9, 9), 0 where a cell is empty."""
     made = []
     for grid in grids.reshape(len(grids), 81).tolist():
         if kind == "random":
@@ -80,38 +83,39 @@ def puzzles(grids, givens, kind, count, rng):
 
 
 def is_solved(grid):
-    """Every row, column and box of grid (9, 9) holds the nine digits."""
+    """Return whether every row, column and box of grid (9, 9) holds the nine digits."""
     boxes = grid.reshape(3, 3, 3, 3).swapaxes(1, 2).reshape(9, 9)
     return all((np.sort(units, axis=1) == np.arange(1, 10)).all()
                for units in (grid, grid.T, boxes))
 
 
 def to_page(quizzes):
-    """(N, 9, 9) -> ids (N, 91), [MASK] where a cell is empty."""
+    """Return the ids (N, 91) of quizzes (N, 9, 9), EMPTY where a cell is empty."""
     ids = prepare.to_ids(np.where(quizzes == 0, EMPTY, quizzes)).reshape(len(quizzes), -1)
     return torch.from_numpy(ids.astype(np.int64))
 
 
 def to_grids(page):
-    """ids (N, 91) -> (N, 9, 9)."""
-    return page[:, :90].reshape(-1, 9, 10)[:, :, :9].numpy()
+    """Return the grids (N, 9, 9) of ids (N, 91)."""
+    return page[:, :90].reshape(-1, 9, 10)[:, :, :9]
 
 
 def solve_all(batches, quizzes):
-    """-> (share solved, seconds per puzzle); batches: iterators of states, whose last is solved."""
+    """Return the share solved and the seconds per puzzle. batches: iterators of states (B, 91); the
+    last state of each holds the answers."""
     began, pages = time.perf_counter(), []
     for states in batches:
         *_, page = states
         pages.append(page)
     seconds = (time.perf_counter() - began) / len(quizzes)
-    grids = to_grids(torch.cat(pages))
+    grids = to_grids(torch.cat(pages).numpy())
     kept = ((quizzes == 0) | (quizzes == grids)).all(axis=(1, 2))
     return np.mean([is_solved(grid) and k for grid, k in zip(grids, kept)]), seconds
 
 
 def solve_with_twin(twin, prompt, tries):
-    """prompt (N, 91) -> an iterator of one state, (N, 91): greedy or, of several samples at
-    temperature 1, the one to which the twin gives the highest probability."""
+    """Yield one state (N, 91), the twin's answers to prompt (N, 91). With one try, they are greedy;
+    with several, each is the sample at temperature 1 that has the highest probability."""
     x = torch.cat([prompt, torch.full_like(prompt, twin.config.mask_id)], dim=1)
     x = x.repeat_interleave(tries, dim=0)                                 # (N * tries, 182)
     *_, x = left_to_right(twin, x, twin.config.mask_id, float(tries > 1),
@@ -123,20 +127,19 @@ def solve_with_twin(twin, prompt, tries):
     yield x[:, prepare.RECORD:].view(len(prompt), tries, -1)[torch.arange(len(prompt)), best]
 
 
-def row(name, passes, results):
-    print(f"| {name} | {passes} | " + " | ".join(f"{100 * share:.0f} %" for share, _ in results)
+def print_row(name, per_step, results):
+    print(f"| {name} | {per_step} | " + " | ".join(f"{100 * share:.0f} %" for share, _ in results)
           + f" | {results[-1][1]:.2f} |", flush=True)
 
 
 def train_twin(args):
-    """As long as the mask predictor was trained, by what an iteration of each takes now, with the
-    same flags, on lines of a puzzle and its solution. Four puzzles of every grid; their empty cells
-    are the same shares of it as in training the mask predictor."""
+    """Train the twin with the flags of the mask predictor and for as long, going by the time that
+    an iteration of each takes now. It learns lines of a puzzle and its solution: four puzzles of
+    every grid, with the same shares of empty cells that the mask predictor saw masked."""
     _, _, info = load_checkpoint(resolve_path(args.model))
     config, rng, parts = info["hyperparameters"], np.random.default_rng(0), []
-    for split in ("train", "val"):
-        grids = held(split)
-        grids = np.repeat(grids, 4 if split == "train" else 1, axis=0)
+    for grids, copies in zip(load_grids(args), (4, 1)):
+        grids = np.repeat(grids, copies, axis=0)
         hidden = rng.random(grids.shape).reshape(len(grids), 81).argsort(axis=1).argsort(axis=1)
         empty = 81 * rng.uniform(config["eps"], config["p_max"], len(grids))[:, None, None]
         quizzes = np.where(hidden.reshape(grids.shape) < empty, EMPTY, grids)
@@ -148,25 +151,28 @@ def train_twin(args):
                  "batch_size", "muon_lr", "learning_rate")]
         twin_flags = [*flags, f"--block_size={2 * prepare.RECORD}", f"--data_dir={folder}",
                       "--causal"]
-        one, twin_s = (seconds_per_iteration(f) for f in ([*flags, "--dataset=sudoku"], twin_flags))
-        iterations = int(info["iteration"] * one / twin_s)
+        one, twin_s = (seconds_per_iteration(f) for f in ([*flags, f"--data_dir={args.data_dir}"],
+                                                          twin_flags))
+        iterations = max(1, int(info["iteration"] * one / twin_s))
         subprocess.run([sys.executable, str(ROOT / "train.py"), f"--save_filename={args.twin}",
                         *twin_flags, f"--max_iters={iterations}",
                         f"--eval_interval={-(-iterations // 4)}"], check=True)
 
 
-def held(split):
-    """-> the grids of train.bin or val.bin, (N, 9, 9)."""
-    data = np.fromfile(ROOT / "data" / "sudoku" / f"{split}.bin", "<u2")
-    return to_grids(torch.from_numpy(data.reshape(-1, prepare.RECORD).astype(np.int64)))
+def load_grids(args):
+    """Return the grids for training and those for validation, each (N, 9, 9)."""
+    *splits, _ = load_data(Path(args.data_dir), prepare.RECORD)
+    return [to_grids(ids.reshape(-1, prepare.RECORD)) for ids in splits]
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sudoku")
     parser.add_argument("--twin", default="sudoku_twin")
     parser.add_argument("--train_twin", action="store_true")
     parser.add_argument("--puzzles", type=int, default=200)
+    parser.add_argument("--data_dir", default=data_folder("sudoku", ""))
     args = parser.parse_args()
     if args.train_twin:
         return train_twin(args)
@@ -175,9 +181,9 @@ def main():
     model.to(dtype)
     print(f"{info['command']}: {info['minutes']:.1f} minutes; {args.puzzles} puzzles each; "
           f"{torch.get_num_threads()} threads, {dtype}\n")
-    rng, grids = random.Random(0), held("val")
+    rng, (_, grids) = random.Random(0), load_grids(args)
     sets = {n: puzzles(grids, n, kind, args.puzzles, rng) for n, kind in GIVENS.items()}
-    print("| rule | cells a step | " + " | ".join(f"{n} givens" for n in GIVENS)
+    print("| rule | cells per step | " + " | ".join(f"{n} givens" for n in GIVENS)
           + " | seconds per puzzle |\n" + "|---" * (len(GIVENS) + 3) + "|")
     for name, how, per_step in RULES:
         results = []
@@ -190,15 +196,16 @@ def main():
             else:
                 batches = [unmask(model, page, EMPTY, steps, **how)]
             results.append(solve_all(batches, quizzes))
-        row(name, per_step or "", results)
+        print_row(name, per_step or "", results)
     if resolve_path(args.twin).exists():
         twin, _, info = load_checkpoint(resolve_path(args.twin))
         twin.to(dtype)
-        for tries in (1, PUZZLE_TRIES):
+        for tries in (1, PUZZLE["tries"]):
             results = [solve_all([solve_with_twin(twin, to_page(quizzes), tries)], quizzes)
                        for quizzes in sets.values()]
             how = f"the likeliest of {tries} samples" if tries > 1 else "greedy"
-            row(f"the twin, left to right, {how} ({info['minutes']:.1f} minutes)", 1, results)
+            print_row(f"the twin, left to right, {how} ({info['minutes']:.1f} minutes)", 1,
+                      results)
 
 
 if __name__ == "__main__":

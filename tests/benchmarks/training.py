@@ -1,38 +1,44 @@
 """
-How fast does train.py train, beside nanoGPT's loop, a plain float32 loop, and this machine's own
-matrix-product rate?
+How fast does train.py train? It is compared with a plain float32 loop, with a loop like nanoGPT's,
+and with the speed of matrix products on the same machine.
 
     python tests/benchmarks/training.py                # 6 x 384, 16 windows of 256: nanoGPT's size
     python tests/benchmarks/training.py --n_layer=4 --n_head=4 --n_embd=256 --batch_size=8
 
-All sides in one run, in turns, on random text: the iteration that train.py makes (its dtype,
-attention, optimizers and EMA), the same with AdamW alone, and the loop that one would write first:
-the same network in float32, PyTorch's defaults, AdamW, each batch cut from a memory map window by
-window, the loss read at every iteration. On a GPU also a loop like nanoGPT's: train.py's dtype and
-compilation, fused AdamW, batches through pinned memory, the loss left on the device. FLOPs are
-counted as PaLM does (arXiv 2204.02311, appendix B): 6 per parameter and character, and
-12 * n_layer * n_embd * T per character for attention. At the end a profile says where the time goes
-on a CPU.
+All sides are timed in turn, in one run, on random text:
+
+* the iteration of train.py, with its dtype, attention, optimizers and EMA;
+* the same iteration with AdamW alone;
+* the plain loop, which one would write first: the same network in float32, with PyTorch's defaults
+  and AdamW. It cuts each batch from a memory map window by window, and reads every loss;
+* on a GPU, also a loop like nanoGPT's: it has train.py's dtype and compilation, fused AdamW, and
+  batches in pinned memory, and it leaves the loss on the device.
+
+FLOPs are counted as PaLM does (arXiv 2204.02311, appendix B): 6 per parameter and character, and
+12 * n_layer * n_embd * T per character for attention. On a CPU, a profile at the end shows where
+the time goes.
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train  # noqa: E402
+import train
+from diffusion import autoregressive_loss, diffusion_loss, forward_process
+from lib.data import write_dataset
+from lib.device import Processes
+from lib.run import set_up
 
-CHARS = [chr(ord("0") + i) for i in range(65)]
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
     "flash attention": ("_scaled_dot_product_flash_attention_for_cpu",
@@ -58,7 +64,7 @@ def seconds(f, device):
 
 
 def profile(f):
-    """-> the share of each kind of operation in f's own time, on the CPU."""
+    """Return the share of the time on the CPU that each kind of operation takes in f."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
         f()
     kinds = Counter()
@@ -67,34 +73,31 @@ def profile(f):
     return {kind: us / kinds.total() for kind, us in kinds.most_common()}
 
 
-def add_gradient(run, net, forward_process=train.forward_process):
-    """The first half of an iteration of train.py's loop; train.update_weights is the second."""
+def run_of(flags):
+    """Return the Run that train.py would set up for these flags."""
+    with mock.patch.object(sys, "argv", ["train.py", *flags]):
+        return set_up(*train.parse_args(), Processes(), train.make_optimizers)
+
+
+def add_gradient(run, net, forward_process=forward_process):
+    """Do the first half of an iteration of train.py's loop; train.update_weights is the second."""
     config, mask_id = run.config, run.model.config.mask_id
     generator = torch.Generator().manual_seed(train.seed_for(config.seed, run.iteration))
-    batch = [train.get_batch(run.train_data, config, generator)]
+    batch = [train.get_batch(run.train_data, config, generator, run.record)]
     if not config.causal:
         batch += forward_process(batch[0], mask_id, config.eps, generator, config.p_max)
-    loss_function = train.autoregressive_loss if config.causal else train.diffusion_loss
+    loss_function = autoregressive_loss if config.causal else diffusion_loss
     train.accumulate_gradient(net, loss_function, batch, run)
-
-
-def random_text(folder):
-    ids = np.random.default_rng(0).integers(0, len(CHARS), 1_000_000).astype("<u2")
-    names = ("train.bin", "val.bin")
-    for name in names:
-        ids.tofile(folder / name)
-    meta = dict(chars=CHARS, crc32={name: zlib.crc32(ids) for name in names})
-    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def main():
     size = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--batch_size=16"]
-    config, _ = train.parse_args([*size, *sys.argv[1:]])
-    config.learning_rate = config.muon_lr = 1e-6
+    vocab = [chr(ord("0") + i) for i in range(65)]
+    ids = np.random.default_rng(0).integers(0, len(vocab), 1_000_000)
     with tempfile.TemporaryDirectory() as folder:
-        config.data_dir = folder
-        random_text(Path(folder))
-        measure(train.set_up(config, {}))
+        write_dataset(Path(folder), ids, ids, vocab)
+        measure(run_of([*size, *sys.argv[1:], "--learning_rate=1e-6", "--muon_lr=1e-6",
+                        f"--data_dir={folder}"]))
 
 
 def measure(run):
@@ -114,9 +117,9 @@ def measure(run):
         data = np.memmap(Path(config.data_dir) / "train.bin", dtype=np.uint16, mode="r")
         input_ids = torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64))
                                  for i in torch.randint(len(data) - T, (B,))])
-        batch = [input_ids, *train.forward_process(input_ids, mask_id)]
+        batch = [input_ids, *forward_process(input_ids, mask_id)]
         with autocast:
-            loss = train.diffusion_loss(net, mask_id, *(move(tensor) for tensor in batch))
+            loss = diffusion_loss(net, mask_id, *(move(tensor) for tensor in batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -127,7 +130,7 @@ def measure(run):
         own_loop(model, plain_optimizer, nullcontext(), lambda z: z.to(device)).item()
 
     def nanogpt_step():
-        own_loop(net, fused_optimizer, run.autocast, lambda z: train.to_device(z, device))
+        own_loop(net, fused_optimizer, run.autocast(), lambda z: train.to_device(z, device))
 
     def gradient():
         add_gradient(run, net)
@@ -167,7 +170,7 @@ def measure(run):
         for name, f in (("forward and backward", gradient),
                         (update, lambda: train.update_weights(run))):
             shares = "; ".join(f"{kind} {share:.0%}" for kind, share in profile(f).items())
-            gradient()  # for the update to have one
+            gradient()  # the update needs one
             print(f"\n{name}: {shares}")
 
 
