@@ -29,7 +29,7 @@ def forward_process(input_ids, mask_id, eps=1e-3, generator=None, p_max=1.0):
 
     input_ids (B, T): clean tokens x_0 on the CPU; generator: a torch.Generator on the CPU.
     Returns noisy_batch x_t, masked_indices (bool) and p_mask, each (B, T). The loss divides by
-    p_mask. With another schedule p(t), return p(t) / p'(t) in its place."""
+    p_mask. With another schedule p(t) > 0, return p(t) / p'(t) in its place."""
     B, T = input_ids.shape
     t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
     p_mask = ((p_max - eps) * t + eps)[:, None].expand(B, T)
@@ -135,8 +135,8 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     revise > 0: half of the steps write a draft; each of the others masks a share of the text again,
     first this share, then less and less, and rewrites it (after ReMDM, arXiv 2503.00307).
     generator: a torch.Generator on x's device.
-    threshold: keep also every prediction whose probability is above it (Fast-dLLM,
-    arXiv 2505.22618), so that fewer steps are needed.
+    threshold: keep also every prediction whose probability is above it, in any block (after
+    Fast-dLLM, arXiv 2505.22618), so that fewer steps are needed.
     ValueError for arguments that make no sense, or if the model's logits are no distribution."""
     check_arguments(steps, temperature, block_length, cfg_scale, revise, threshold)
     given = x != mask_id                                                  # (B, T)

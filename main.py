@@ -265,7 +265,7 @@ def run(config, given):
     check(type(record) is int and record > 0, f"{config.path} has records of {record!r} characters")
     n = math.isqrt(record)
     if config.score is not None:
-        print(score(model, vocab, text_of(config.score)))
+        print(score(model, vocab, text_of(config.score)), flush=True)
     elif config.infill is not None and n > 1 and record == n * (n + 1) + 1:
         solve_puzzles(config, given, model, vocab, n)
     else:
