@@ -24,7 +24,16 @@ import torch
 
 from diffusion import certainty, left_to_right, predict, sample, unmask, unmask_until_sure
 from lib.checkpoint import load_checkpoint, resolve_path
-from lib.common import check, knob, one_line_errors, open_streams, parse_knobs, read_text, text_of
+from lib.common import (
+    check,
+    knob,
+    one_line_errors,
+    open_streams,
+    parse_knobs,
+    read_text,
+    text_of,
+    unify_line_ends,
+)
 from lib.device import pick_device, pick_dtype
 from lib.pages import generate_pages, page_windows, share_steps
 from lib.puzzles import read_puzzles
@@ -123,8 +132,8 @@ def make_page(config, vocab, model_config, record):
         check(holes in text, f"--infill={config.infill[:60]!r} has no holes ({holes}) to fill, or "
                              "is no file")
     else:
-        flag, text, holes = "--prompt", config.prompt or "", ""
-        text = read_text("-") if text == "-" else text
+        flag, holes = "--prompt", ""
+        text = read_text("-") if config.prompt == "-" else unify_line_ends(config.prompt or "")
         space = text.endswith(" ") and any(len(token) > 1 for token in vocab)
         text = text[:-1] if space else text  # word pieces begin with their space
         if not text and "\n" in vocab and record == 1:

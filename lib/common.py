@@ -160,7 +160,7 @@ def read_text(path):
     and \\r, the line ends of Windows and of old files, become \\n. ValueError for other bytes."""
     data = sys.stdin.buffer.read() if path == "-" else regular_file(path).read_bytes()
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return unify_line_ends(data.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         byte = f"byte {e.object[e.start]:#04x} at offset {e.start}"
         raise ValueError(f"{path} is not UTF-8 text: {byte}. Convert it first") from e
@@ -173,4 +173,8 @@ def text_of(value):
     is_file = os.path.exists(path) and not os.path.isdir(path)
     if value == "-" or is_file or re.fullmatch(r"\S+\.[A-Za-z]\w*", value):
         return read_text(path)
-    return value
+    return unify_line_ends(value)
+
+
+def unify_line_ends(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n")

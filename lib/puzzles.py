@@ -32,26 +32,28 @@ def read_puzzles(text, n):
     after # and empty lines are skipped. ValueError if a puzzle has not n * n cells, gives a digit
     twice in a row, column or box, or leaves no cell empty."""
     lines = [line.split("#")[0].strip() for line in text.split("\n")]
-    dash_is_cell = any("-" in line and re.search("[0-9]", line) for line in lines)
+    dash_is_cell = any("-" in line and re.search("[0-9]", line) and not re.search("[A-Za-z]", line)
+                       for line in lines)
     puzzles, rows = [], []
 
-    def add(cells, one_line):
+    def add(cells, one_line=False):
         number = len(puzzles) + 1
         check(len(cells) == n * n, f"{len(cells)} cells in puzzle {number}: {n * n} are needed")
         check("_" in cells, f"puzzle {number} has no empty cell")
         check_givens(cells, n, number)
         puzzles.append(Puzzle(cells, one_line))
+        rows.clear()
 
     for line in lines:
-        fields = [cells_of(part) for part in re.split("[,;\t]", line)]
-        whole = [cells for cells in fields if len(cells) == n * n]
-        cells = whole[0] if whole else "".join(fields)
-        is_rule = re.fullmatch(r"[-+|=\s]*", line) and ("+" in line or not dash_is_cell
-                                                        or len(cells) != n)
+        whole = [field for field in re.split("[,;\t]", line) if len(cells_of(field)) == n * n]
+        line = whole[0] if whole else line
+        cells, signs = cells_of(line), set(line) - set("| ")
         is_heading = re.search("[A-WYZa-wyz]", line) and len(cells) < n
-        if is_rule or is_heading:
+        if rows and (is_heading or not line and len(rows) % math.isqrt(n)):
+            add("".join(rows))  # a puzzle ends here, complete or not
+        if is_heading or is_rule(signs, len(cells) == n and dash_is_cell):
             continue
-        unknown = sorted(set(re.sub(r"[\s|+,;\"']", "", line)) - set("123456789" + EMPTY))
+        unknown = sorted(signs - set("123456789+,;\"'\t" + EMPTY))
         check(not unknown, f"puzzle {len(puzzles) + 1} has characters that are not cells: "
                            + " ".join(map(repr, unknown)))
         if len(cells) > 2 * n:
@@ -59,12 +61,17 @@ def read_puzzles(text, n):
         else:
             rows.append(cells)
         if len(rows) == n:
-            add("".join(rows), one_line=False)
-            rows.clear()
+            add("".join(rows))
     if rows:
-        add("".join(rows), one_line=False)
+        add("".join(rows))
     check(puzzles, "no puzzle found")
     return puzzles
+
+
+def is_rule(signs, may_be_row):
+    """Whether a line of these signs only separates: it is empty or drawn with - + = *. A line of
+    dashes alone may be a row of empty cells, a line of stars alone is one."""
+    return signs <= set("-+=*") and signs != {"*"} and not (signs == {"-"} and may_be_row)
 
 
 def cells_of(text):

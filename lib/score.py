@@ -16,19 +16,18 @@ def score(model, vocab, text, passes=64):
     exact value from left to right and the bound (NELBO), for a twin its exact value. A text that
     is longer than the model's block is cut into windows."""
     check(text, "--score has no text")
+    model.float()
     ids = torch.from_numpy(encode(text, vocab).astype("int64")).to(model.wte.weight.device)
     mask_id, exact, bound = model.config.mask_id, 0.0, 0.0
     full = len(ids) // model.config.block_size * model.config.block_size
     for part, length in ((ids[:full], model.config.block_size), (ids[full:], len(ids) - full)):
-        if len(part) == 0:
-            continue
-        windows = part.view(-1, length)
-        if model.config.causal:
-            exact += next_token_losses(model, mask_id, windows).sum().item()
-        else:
-            nll = exact_nll(model, windows, mask_id, steps=length, block_length=1)
-            exact += length * nll.sum().item()
-            bound += len(part) * estimate_nelbo(model, windows, mask_id, passes)[0]
+        for windows in part.view(-1, length).split(64) if len(part) else []:
+            if model.config.causal:
+                exact += next_token_losses(model, mask_id, windows).sum().item()
+            else:
+                nll = exact_nll(model, windows, mask_id, steps=length, block_length=1)
+                exact += length * nll.sum().item()
+                bound += windows.numel() * estimate_nelbo(model, windows, mask_id, passes)[0]
     exact, bound = exact / len(text), bound / len(text)
     if model.config.causal:
         return f"{exact:.4f} nats per character, exact"

@@ -26,8 +26,9 @@ MAX_TOKENS = 65_535  # tokens of a vocabulary: ids are uint16, and [MASK] needs 
 # space before it. All other white space stands alone, so no piece crosses a line's end either.
 # (A text without spaces is cut into words of 32 characters.) Combining marks, such as the vowel
 # signs of Hindi, and zero-width joiners belong to the word that they stand in.
-MARKS = "\u200c\u200d" + "".join(char for char in map(chr, range(0x300, 0x1F000))
-                                 if unicodedata.category(char)[0] == "M")
+MARKS = "\u200c\u200d" + "".join(
+    char for char in map(chr, [*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0)])
+    if unicodedata.category(char)[0] == "M")
 WORD = re.compile(rf" ?\w[\w{MARKS}]{{0,31}}| ?[^\w\s]{{1,32}}|\s")
 # Vocabularies of earlier versions, whose words ended before a mark, are encoded by their own words.
 OLD_WORD = re.compile(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s")
