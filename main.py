@@ -5,7 +5,7 @@ Writing: load a checkpoint, make a page of masks, unmask it, show it. diffusion.
     python main.py --prompt="ROMEO:" --num_samples=3 --animate         # watch it in the terminal
     python main.py --infill="To be, or ______: that is the ________:"  # holes anywhere; or a file
     python main.py --gen_length=1000 --html=run.html      # a long page, and a replay of the run
-    python main.py --steps=64                             # slower, and more readable
+    python main.py --steps=16                             # faster, and less readable
     python main.py --path=twin                            # what train.py --causal trained
     python main.py --score="To be, or not to be"          # how likely is this text?
 
@@ -83,7 +83,7 @@ class SampleConfig:
 
 # flags that unmask takes, and their defaults
 SAMPLER = ("temperature", "remasking", "revise", "threshold", "block_length", "cfg_scale")
-PAGE = dict(steps=14, temperature=0.65, remasking="dilated", revise=0.2)
+PAGE = dict(steps=64, temperature=0.8, remasking="dilated", revise=0.3)
 INFILL = dict(temperature=0.0, remasking="low_confidence", revise=0.0)
 PUZZLE = dict(INFILL, tries=16, sure=0.999)
 TWIN = dict(temperature=0.8)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUP = 8  # pages that are scored together
 JUDGED, DISTINCT = "judged nats", "distinct 4-grams"
 TITLES = {  # of the pictures
-    "sampling": "In likelihood and in diversity, the default is near to real text",
+    "sampling": "How near to real text does each setting write?",
     "claims": "After equal training time, the autoregressive twin's text is closer "
               "to real text than diffusion's",
 }
@@ -198,8 +198,8 @@ def draw(rows, path, title):
 
 
 def place_labels(fig, ax, points, real):
-    """Write the text of each point beside it, where it covers no other text, point or line. Where
-    there is no such place, the point has no text."""
+    """Write the text of each point where it covers no other text, point or line, as near as
+    possible, and join it to its point by a thin line."""
     from matplotlib.transforms import Bbox
     fig.canvas.draw()
     fig.set_layout_engine("none")  # what is measured now stays where it is
@@ -211,21 +211,28 @@ def place_labels(fig, ax, points, real):
                                        4, 4) for i in range(51)]
     for x, y in ax.transData.transform([real, *(point[:2] for point in points)]):
         taken.append(Bbox.from_bounds(x - 13, y - 13, 26, 26))
+    spots = [(distance * math.cos(angle), distance * math.sin(angle))
+             for distance in (12, 18, 26, 40, 60, 90, 130)
+             for angle in (k * math.pi / 8 for k in range(16))]
     for x, y, text, _ in sorted(points):
-        spots = [(distance * dx, distance * dy, ha, va) for distance in (9, 14, 20, 28)
-                 for dx, dy, ha, va in ((1, 0, "left", "center"), (-1, 0, "right", "center"),
-                                        (0, 1, "center", "bottom"), (0, -1, "center", "top"),
-                                        (-.7, .7, "right", "bottom"), (.7, -.7, "left", "top"),
-                                        (-.7, -.7, "right", "top"), (.7, .7, "left", "bottom"))]
-        for dx, dy, ha, va in spots:
-            label = ax.annotate(text, (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va,
-                                fontsize=9)
-            box = label.get_window_extent()
-            inside = ax.bbox.contains(*box.min) and ax.bbox.contains(*box.max)
-            if inside and not any(box.overlaps(other) for other in taken):
+        for dx, dy in spots:
+            label = ax.annotate(text, (x, y), (dx, dy), textcoords="offset points", fontsize=9,
+                                ha="left" if dx > 1 else "right" if dx < -1 else "center",
+                                va="center",
+                                arrowprops=dict(arrowstyle="-", lw=0.6, color="0.5", shrinkB=4))
+            text_box = Bbox.from_extents(*text_extents(label))
+            inside = ax.bbox.contains(*text_box.min) and ax.bbox.contains(*text_box.max)
+            if inside and not any(text_box.overlaps(other) for other in taken):
                 break
             label.remove()
-        taken.append(box)
+        taken.append(text_box)
+
+
+def text_extents(label):
+    """Return the extents of the text alone, without the line to its point."""
+    from matplotlib.text import Text
+    label.update_positions(label.figure.canvas.get_renderer())
+    return Text.get_window_extent(label).extents
 
 
 def rows_of(table):

@@ -6,13 +6,14 @@ is compared with its twin, a GPT: the same network with a causal mask.
     python train.py --dataset=sudoku --save_filename=sudoku
     python tests/benchmarks/sudoku.py --train_twin      # as long as the other, and the same size
     python tests/benchmarks/sudoku.py
+    python tests/benchmarks/sudoku.py --file=top95.txt  # puzzles of others, as main.py solves them
 
 The twin learns what a left-to-right model needs: lines of a puzzle and its solution. The puzzles
 are made of the grids for validation, which come from base grids of their own (prepare.py). They
 have 50, 40 or 32 givens (filled cells) at random places, or 28 or 24 givens and exactly one
-solution. A puzzle is solved by any valid grid that keeps the givens. The seconds per puzzle are
-those of 24 givens. main.py's rule solves one puzzle after the other, the other rules all puzzles in
-one batch.
+solution. A puzzle is solved by any valid grid that keeps the givens. The passes per puzzle are
+those of 28 givens, the seconds per puzzle those of 24. main.py's rule solves one puzzle after the
+other, the other rules all puzzles in one batch.
 """
 
 import argparse
@@ -32,16 +33,21 @@ import prepare
 from claims import seconds_per_iteration
 from metrics import ROOT
 
-from diffusion import left_to_right, next_token_losses, unmask, unmask_until_sure
+from diffusion import certainty, left_to_right, next_token_losses, unmask, unmask_until_sure
 from lib.checkpoint import load_checkpoint, resolve_path
+from lib.common import read_text
 from lib.data import data_folder, load_data, write_dataset
 from lib.device import pick_dtype
+from lib.puzzles import read_puzzles
 from main import INFILL, PUZZLE
 
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
 RULES = [  # name, arguments of unmask, cells per step
     (f"main.py's for puzzles: surest first, up to {PUZZLE['tries']} tries", PUZZLE, 1),
     ("surest first", INFILL, 1),
+    ("surest first, and all above 0.999", dict(INFILL, threshold=0.999), 1),
+    ("surest first, and all above 0.99", dict(INFILL, threshold=0.99), 1),
+    ("surest first, and all above 0.9", dict(INFILL, threshold=0.9), 1),
     ("surest first", INFILL, 2),
     ("surest first", INFILL, 4),
     ("surest first", INFILL, 8),
@@ -101,16 +107,44 @@ def to_grids(page):
 
 
 def solve_all(batches, quizzes):
-    """Return the share solved and the seconds per puzzle. batches: iterators of states (B, 91); the
-    last state of each holds the answers."""
-    began, pages = time.perf_counter(), []
+    """Return whether each of the quizzes (N, 9, 9) is solved, and the passes and the seconds per
+    puzzle. batches: iterators of states (B, 91); the last state of each holds the answers. A pass
+    counts for the rows in which it wrote."""
+    began, pages, passes = time.perf_counter(), [], 0
     for states in batches:
-        *_, page = states
+        before = None
+        for page in states:
+            masks = (page == EMPTY).sum(dim=1)
+            passes += len(page) if before is None else int((masks < before).sum())
+            before = masks
         pages.append(page)
     seconds = (time.perf_counter() - began) / len(quizzes)
     grids = to_grids(torch.cat(pages).numpy())
     kept = ((quizzes == 0) | (quizzes == grids)).all(axis=(1, 2))
-    return np.mean([is_solved(grid) and k for grid, k in zip(grids, kept)]), seconds
+    solved = np.array([is_solved(grid) and k for grid, k in zip(grids, kept)])
+    return solved, passes / len(quizzes), seconds
+
+
+def solve_file(model, args):
+    """Print how main.py solves the puzzles of a file, one after the other. An answer is sure or
+    not; wrong is one that is sure and no solution."""
+    found = read_puzzles(read_text(args.file), 9)
+    quizzes = np.reshape([[int(c) for c in puzzle.cells.replace("_", "0")] for puzzle in found],
+                         (-1, 9, 9))
+    generator = torch.Generator().manual_seed(args.seed)
+    answers = []
+
+    def solve(x):
+        for page in unmask_until_sure(model, x, EMPTY, int((x == EMPTY).sum()),
+                                      generator=generator, **PUZZLE):
+            yield page
+        answers.append(certainty(model, page, x == EMPTY, EMPTY).item() >= PUZZLE["sure"])
+    solved, passes, seconds = solve_all(map(solve, to_page(quizzes).split(1)), quizzes)
+    sure = np.array(answers)
+    print(f"{args.file}: {len(quizzes)} puzzles: {solved.sum()} solved "
+          f"({100 * solved.mean():.0f} %), {(~sure).sum()} not sure, "
+          f"{(sure & ~solved).sum()} sure and wrong; "
+          f"{passes:.0f} passes and {seconds:.2f} seconds per puzzle")
 
 
 def solve_with_twin(twin, prompt, tries):
@@ -128,8 +162,9 @@ def solve_with_twin(twin, prompt, tries):
 
 
 def print_row(name, per_step, results):
-    print(f"| {name} | {per_step} | " + " | ".join(f"{100 * share:.0f} %" for share, _ in results)
-          + f" | {results[-1][1]:.2f} |", flush=True)
+    print(f"| {name} | {per_step} | "
+          + " | ".join(f"{100 * solved.mean():.0f} %" for solved, _, _ in results)
+          + f" | {results[-2][1]:.1f} | {results[-1][2]:.2f} |", flush=True)
 
 
 def train_twin(args):
@@ -172,6 +207,8 @@ def main():
     parser.add_argument("--twin", default="sudoku_twin")
     parser.add_argument("--train_twin", action="store_true")
     parser.add_argument("--puzzles", type=int, default=200)
+    parser.add_argument("--file", help="solve the puzzles of this file, in any common notation")
+    parser.add_argument("--seed", type=int, default=0, help="of the retries of --file")
     parser.add_argument("--data_dir", default=data_folder("sudoku", ""))
     args = parser.parse_args()
     if args.train_twin:
@@ -181,10 +218,12 @@ def main():
     model.to(dtype)
     print(f"{info['command']}: {info['minutes']:.1f} minutes; {args.puzzles} puzzles each; "
           f"{torch.get_num_threads()} threads, {dtype}\n")
+    if args.file:
+        return solve_file(model, args)
     rng, (_, grids) = random.Random(0), load_grids(args)
     sets = {n: puzzles(grids, n, kind, args.puzzles, rng) for n, kind in GIVENS.items()}
     print("| rule | cells per step | " + " | ".join(f"{n} givens" for n in GIVENS)
-          + " | seconds per puzzle |\n" + "|---" * (len(GIVENS) + 3) + "|")
+          + " | passes | seconds per puzzle |\n" + "|---" * (len(GIVENS) + 4) + "|")
     for name, how, per_step in RULES:
         results = []
         for givens, quizzes in sets.items():
