@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion import certainty, left_to_right, predict, sample, unmask, unmask_until_sure
+from diffusion import certainty, left_to_right, unmask, unmask_until_sure
 from lib.checkpoint import load_checkpoint, resolve_path
 from lib.common import (
     check,
@@ -34,8 +34,8 @@ from lib.common import (
     text_of,
     unify_line_ends,
 )
-from lib.device import pick_device, pick_dtype
-from lib.pages import generate_pages, page_windows, share_steps
+from lib.device import home_of, on_its_device, pick_device, pick_dtype
+from lib.pages import begin_word, generate_pages, page_windows, share_steps
 from lib.puzzles import read_puzzles
 from lib.rates import missing_rates, weighted
 from lib.score import score
@@ -167,20 +167,6 @@ def hint(text, flag):
     return ""
 
 
-def begin_word(model, x, vocab, generator):
-    """Write the first token after the prompt in each row of x (B, T): one that begins with a
-    space, since the prompt ended in one. In training, the space belongs to the word after it."""
-    mask_id, place = model.config.mask_id, int((x[0] == model.config.mask_id).int().argmax())
-    start = max(0, place - model.config.block_size // 2)
-    window = x[:, start:start + model.config.block_size]
-    if model.config.causal:
-        window = torch.nn.functional.pad(window, (1, 0), value=mask_id)[:, :place - start + 1]
-    logits = predict(model, window.to(model.wte.weight.device), mask_id)[:, place - start]
-    word = torch.tensor([token.startswith(" ") for token in vocab], device=x.device)
-    x[:, place] = sample(logits.to(x.device).where(word, -torch.inf), 0.65, generator)
-    return x
-
-
 def make_sampler(config, given, model, page, windows, generator):
     """Return the sampler of a window, fill(x, steps), and the steps of each window. page (T,)."""
     model_config, mask_id = model.config, model.config.mask_id
@@ -205,17 +191,6 @@ def make_sampler(config, given, model, page, windows, generator):
         rates = missing_rates(predictor, page, mask_id, model_config.block_size)
         predictor = weighted(predictor, rates)
     return lambda x, n_steps: unmask(predictor, x, mask_id, n_steps, **settings), steps
-
-
-def home_of(model):
-    """Return the device of the sampler's tensors. mps has no float64, so there it is the CPU."""
-    device = model.wte.weight.device
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def on_its_device(model):
-    device = model.wte.weight.device
-    return lambda idx: model(idx.to(device)).to(idx.device)
 
 
 # -----------------------------------------------------------------------------

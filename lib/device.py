@@ -109,5 +109,17 @@ def choose_attention(device):
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
+def home_of(model):
+    """Return the device of the sampler's tensors. mps has no float64, so there it is the CPU."""
+    device = model.wte.weight.device
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def on_its_device(model):
+    """Return a model that takes ids from, and returns logits to, any device."""
+    device = model.wte.weight.device
+    return lambda idx: model(idx.to(device)).to(idx.device)
+
+
 def name_of(dtype):
     return str(dtype).removeprefix("torch.")

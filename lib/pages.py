@@ -3,6 +3,9 @@ Pages longer than the model's block are written in windows, one after the other.
 """
 
 import torch
+import torch.nn.functional as F
+
+from diffusion import predict, sample
 
 
 def page_windows(masked, block_size):
@@ -43,3 +46,17 @@ def generate_pages(fill, x, mask_id, windows, steps):
         if (page[:, keep:end] == mask_id).any():
             x = torch.cat([x[:, :keep], page[:, keep:]], dim=1)
             yield x
+
+
+def begin_word(model, x, vocab, generator):
+    """Write the first token after the prompt in each row of x (B, T): one that begins with a
+    space, since the prompt ended in one. In training, the space belongs to the word after it."""
+    mask_id, place = model.config.mask_id, int((x[0] == model.config.mask_id).int().argmax())
+    start = max(0, place - model.config.block_size // 2)
+    window = x[:, start:start + model.config.block_size]
+    if model.config.causal:
+        window = F.pad(window, (1, 0), value=mask_id)[:, :place - start + 1]
+    logits = predict(model, window.to(model.wte.weight.device), mask_id)[:, place - start]
+    word = torch.tensor([token.startswith(" ") for token in vocab], device=x.device)
+    x[:, place] = sample(logits.to(x.device).where(word, -torch.inf), 0.65, generator)
+    return x
