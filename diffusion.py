@@ -3,14 +3,18 @@ The algorithm: how text is masked, what is learned from it, and how text is writ
 
     forward_process    mask a random share of the text                        (training)
     diffusion_loss     learn to predict what is masked                        (training)
-    estimate_nelbo     measure the bound on the likelihood with little noise  (evaluation)
+    estimate_nelbo     measure the bound on the likelihood                    (evaluation)
     exact_nll          the exact likelihood when text is written in one order (evaluation)
     unmask             start from masks, write a few tokens at a time         (sampling)
 
-Every function takes tensors and a model, which is any callable that maps (B, T) token ids to
-(B, T, vocab_size) logits. The id of [MASK], mask_id, is the last of the vocabulary. The file needs
-PyTorch alone, so it can be copied into another project. The names are those of LLaDA
-(arXiv 2502.09992). The last section is for the twin, an autoregressive GPT to compare with.
+A model is any callable that maps (B, T) token ids to (B, T, vocab_size) logits. The id of [MASK],
+mask_id, is the last of the vocabulary. The file needs PyTorch alone, so it can be copied into
+another project. The last section is for the twin, an autoregressive GPT to compare with.
+
+The names are those of LLaDA (arXiv 2502.09992): input_ids are clean tokens, noisy_batch has some of
+them masked, at masked_indices; x0 are predictions, x0_p their probabilities; remasking is the order
+of writing (what is not written stays masked); transfer_index are the places written in a step, and
+num_transfer_tokens is how many.
 """
 
 import math
@@ -24,12 +28,13 @@ import torch.nn.functional as F
 def forward_process(input_ids, mask_id, eps=1e-3, generator=None, p_max=1.0):
     """Mask every token independently with probability p_mask, which grows from eps at time t = 0 to
     p_max at t = 1 (LLaDA, arXiv 2502.09992, sec. 2.1, has p_max = 1). The t of each row is uniform
-    on [0, 1]. Together they are stratified: each of B equal parts of [0, 1] holds one of them, so
-    every batch covers all amounts of masking (MDLM, arXiv 2406.07524).
+    on [0, 1]. The B times of a batch are stratified, one in each of B equal parts of [0, 1], so
+    that every batch covers all amounts of masking (MDLM, arXiv 2406.07524).
 
     input_ids (B, T): clean tokens x_0 on the CPU; generator: a torch.Generator on the CPU.
-    Returns noisy_batch x_t, masked_indices (bool) and p_mask, each (B, T). The loss divides by
-    p_mask. With another schedule p(t) > 0, return p(t) / p'(t) in its place."""
+    Returns noisy_batch x_t, masked_indices (bool) and p_mask, each (B, T). The loss divides by the
+    third value, whose reciprocal is the weight: p'(t) / p(t) up to a constant factor, which is
+    1 / p_mask here. For another schedule p(t) > 0, mask with it, and return p(t) / p'(t)."""
     B, T = input_ids.shape
     t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
     p_mask = ((p_max - eps) * t + eps)[:, None].expand(B, T)
@@ -48,9 +53,9 @@ def token_losses(model, idx, targets, mask_id):
 
 def diffusion_loss(model, mask_id, input_ids, noisy_batch, masked_indices, p_mask):
     """Return the loss (LLaDA, arXiv 2502.09992, eq. 3) per token, a scalar in nats: the
-    cross-entropy of the masked tokens, each divided by p_mask, summed and divided by B * T. Its
-    expectation is an upper bound on -log p(x_0), apart from the shares of masks that eps and p_max
-    exclude. All tensors are (B, T)."""
+    cross-entropy of the masked tokens, each divided by p_mask, summed and divided by B * T. With
+    eps = 0 and p_max = 1, its expectation is an upper bound on -log p(x_0); otherwise it covers
+    only the shares of masks between eps and p_max. All tensors are (B, T)."""
     losses = token_losses(model, noisy_batch, input_ids, mask_id)
     return (losses * masked_indices / p_mask).sum() / input_ids.numel()
 
@@ -60,7 +65,7 @@ def diffusion_loss(model, mask_id, input_ids, noisy_batch, masked_indices, p_mas
 
 @torch.no_grad()
 def estimate_nelbo(model, windows, mask_id, passes=8, batch_size=64, seed=0):
-    """Estimate the negative evidence lower bound (NELBO) with little noise (LLaDA,
+    """Estimate the negative evidence lower bound (NELBO) with a small variance (LLaDA,
     arXiv 2502.09992, eq. 14; RADD, arXiv 2406.03736): mask exactly n of a window's L tokens, n
     uniform on 1..L, and take the mean cross-entropy of those n tokens. In each pass, the n of the
     windows are spread evenly over 1..L. The same seed gives every model the same masks.
@@ -89,10 +94,10 @@ def estimate_nelbo(model, windows, mask_id, passes=8, batch_size=64, seed=0):
 @torch.no_grad()
 def exact_nll(model, input_ids, mask_id, steps, remasking="low_confidence", block_length=None,
               generator=None):
-    """Return the negative log-likelihood of each row of input_ids (B, T), as (B,) nats per token,
-    if unmask at temperature 1 had written it in the given order (DUEL, arXiv 2603.01367): start
-    from masks, choose the places to write as unmask would, add up -log p of the true tokens there,
-    reveal them, repeat.
+    """Return -log of the probability that unmask, at temperature 1 and with these settings, writes
+    each row of input_ids (B, T), as (B,) nats per token (DUEL, arXiv 2603.01367): start from masks,
+    choose the places to write as unmask would, add up -log p of the true tokens there, reveal them,
+    repeat.
 
     The value is exact if the order depends on nothing but the visible tokens: with
     block_length=1 (left to right) and with low_confidence, which goes by the probability of the
@@ -178,13 +183,13 @@ def check_arguments(steps=1, temperature=1.0, block_length=None, cfg_scale=0.0, 
 
 def predict(model, x, mask_id, given=None, cfg_scale=0.0):
     """Return the model's logits for x (B, T), without that of [MASK]: (B, T, mask_id), float64.
-    Guidance moves them away from what the model says when the given tokens are masked, too (LLaDA,
-    arXiv 2502.09992, eq. 16)."""
+    Guidance moves them away from what the model says when the given tokens are masked as well
+    (LLaDA, arXiv 2502.09992, eq. 16)."""
     if cfg_scale:
         both = model(torch.cat([x, x.where(~given, mask_id)]))[..., :mask_id].double()
         with_given, without = both.chunk(2)
         logits = without + (cfg_scale + 1) * (with_given - without)
-        logits = torch.where(with_given.isneginf(), with_given, logits)
+        logits = torch.where(with_given.isneginf(), with_given, logits)  # -inf - -inf is NaN
     else:
         logits = model(x)[..., :mask_id].double()
     if not logits[x == mask_id].logsumexp(dim=-1).isfinite().all():
@@ -194,8 +199,8 @@ def predict(model, x, mask_id, given=None, cfg_scale=0.0):
 
 
 def uniform(shape, generator, device):
-    """Draw from (0, 1) in float64. float32 would cut off the rare large values of the noise below,
-    which lowers the temperature (arXiv 2409.02908)."""
+    """Draw from (0, 1) in float64. gumbel takes logs of the draws: float32 would lose its rare
+    large values, which acts like a lower temperature (arXiv 2409.02908)."""
     draws = torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
     return draws.clamp_min(1e-300)
 
@@ -214,33 +219,34 @@ def sample(logits, temperature, generator):
 
 def writing_order(remasking, p, x0_p, noise):
     """Score every place, (B, T) in [0, 1]: the highest scores are written first. A new order of
-    writing is a new case here.
+    writing is a new case here, and its name a value of remasking.
 
     p (B, T, V): the model's probabilities; x0_p (B, T): that of the token that would be written;
     noise (B, T): uniform draws, which stay the same for the whole run."""
     if remasking == "random":
         return noise
-    if remasking == "dilated":  # spread apart (after DUS, arXiv 2506.19037): places with similar
-        # multiples of the golden ratio, modulo 1, are far from each other
+    if remasking == "dilated":  # after DUS (arXiv 2506.19037): in i times the golden ratio,
+        # modulo 1, close scores belong to places that are far apart; noise shifts all of them
         multiples = torch.arange(noise.shape[1], device=noise.device) * ((math.sqrt(5) - 1) / 2)
         return (multiples + noise[:, :1]) % 1
-    if remasking == "low_confidence":  # LLaDA's: the tokens of low confidence are masked again
+    if remasking == "low_confidence":  # LLaDA's: the tokens of low confidence stay masked
         return x0_p
     raise ValueError(f"remasking must be random, dilated or low_confidence, not {remasking}")
 
 
 def choose_places(confidence, masked, block, count):
     """Choose count (B, 1) masked places per row: those of highest confidence in the first block,
-    then those of the next. Returns (B, T) bool."""
+    then those of the next. Confidence is in [0, 1], so 2 per block puts earlier blocks first.
+    Returns (B, T) bool."""
     confidence = torch.where(masked, confidence - 2 * block, -torch.inf)
     return highest(confidence, count) & masked
 
 
 def choose_revised(p_written, count, generator):
-    """Choose count (B, 1) tokens per row to mask again, as (B, T) bool. The others are drawn
-    without replacement with weights p_written (B, T), the probability that each token had when it
-    was written (as in MaskGIT, arXiv 2202.04200), so improbable tokens tend to go. Given tokens
-    have an infinite weight and always stay."""
+    """Choose exactly count (B, 1) tokens per row to mask again, as (B, T) bool. The tokens that
+    stay are drawn without replacement with weights p_written (B, T), the probability that each had
+    when it was written (as in MaskGIT, arXiv 2202.04200), so improbable ones tend to go. Given
+    tokens have an infinite weight and always stay."""
     noise = gumbel(p_written.shape, generator, p_written.device)
     return highest(-(p_written.log() + noise), count)
 
@@ -251,8 +257,9 @@ def highest(score, count):
 
 
 def schedule(masked, steps, block_length, revise):
-    """Return for every forward pass how many tokens to mask again before it (None in the draft) and
-    how many to write: a list of pairs of (B, 1). masked (B, T) bool: the places to write."""
+    """Plan the forward passes: how many tokens to mask again before each (None in the draft), and
+    how many to write. Returns a list of pairs of (B, 1), without passes that would write nothing.
+    masked (B, T) bool: the places to write."""
     n_masks = masked.sum(dim=1, keepdim=True)                             # (B, 1)
     longest = int(n_masks.max())
     draft_steps = min((steps + 1) // 2 if revise else steps, longest)
@@ -260,15 +267,15 @@ def schedule(masked, steps, block_length, revise):
     n_blocks = math.ceil(longest / block_length)
     passes, waiting = [], 0
     for i in range(n_blocks):
-        # with fewer steps than blocks, a block without a step is written with the next that has one
+        # with fewer steps than blocks, some blocks get no step; the next block's step writes them
         waiting = waiting + (n_masks - i * block_length).clamp(0, block_length)
         block_steps = draft_steps * (i + 1) // n_blocks - draft_steps * i // n_blocks
         for step in range(block_steps):  # evenly; the first steps take the remainder, as in LLaDA
             passes.append((None, waiting // block_steps + (step < waiting % block_steps)))
         waiting = 0 if block_steps else waiting
     if revise and longest:
-        for left in range(steps - draft_steps, 0, -1):
-            count = (revise * left / (steps - draft_steps) * n_masks).ceil()
+        for remaining in range(steps - draft_steps, 0, -1):
+            count = (revise * remaining / (steps - draft_steps) * n_masks).ceil()
             passes.append((count, count))
     return [(again, count) for again, count in passes if count.any()]
 
@@ -280,8 +287,8 @@ def unmask_until_sure(model, x, mask_id, steps, tries, temperature=0.0, sure=0.9
     """unmask for puzzles. If the certainty of a filled row is below sure, a guess was probably
     wrong: the row is filled again with other guesses, at most tries times in all, and its surest
     try is the answer. Later tries have temperature 3, so that their guesses differ; with
-    low_confidence, what is certain is still written first. An iterator of states like unmask, which
-    the settings go to."""
+    low_confidence, what is certain is still written first. settings: further arguments of unmask.
+    An iterator of states like unmask."""
     masked = x == mask_id                                                 # (B, T)
     best, surest = x, torch.full((len(x),), -1.0, dtype=torch.float64, device=x.device)
     for attempt in range(tries):
@@ -349,7 +356,7 @@ def left_to_right(model, x, mask_id, temperature=1.0, generator=None):
     check_arguments(temperature=temperature)
     cache, done = model.make_cache(*x.shape), 0
     for i in range(int((x[0] != mask_id).sum()), x.shape[1]):
-        shifted = F.pad(x, (1, 0), value=mask_id)             # what predicts position i stands at i
+        shifted = F.pad(x, (1, 0), value=mask_id)             # shifted[:, i] predicts token i
         logits = model(shifted[:, done:i + 1].to(cache.device), cache, done)
         x, done = x.clone(), i + 1
         logits = logits[:, -1, :mask_id].to(x.device).double()

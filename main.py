@@ -176,8 +176,8 @@ def make_sampler(config, given, model, page, windows, generator):
         return (lambda x, _: left_to_right(model, x, mask_id, **settings),
                 share_steps(windows, None, model_config.block_size))
     check("tries" not in given, "--tries is for puzzles")
-    holes = "".join("_" if i == mask_id else " " for i in page.tolist()).split()
-    short = config.infill is not None and max(map(len, holes)) < LONG_GAP
+    gaps = "".join("_" if i == mask_id else " " for i in page.tolist()).split()
+    short = config.infill is not None and max(map(len, gaps)) < LONG_GAP
     settings = {**(INFILL if short else PAGE), **chosen, "generator": generator}
     enough = settings.pop("steps", model_config.block_size)
     steps = share_steps(windows, config.steps, enough)
@@ -247,7 +247,7 @@ def run(config, given):
               f"--{flag} is for diffusion; {config.path} is causal and writes from left to right")
     record = info.get("record", 1)
     check(type(record) is int and record > 0, f"{config.path} has records of {record!r} characters")
-    n = math.isqrt(record)
+    n = math.isqrt(record)  # a grid of n lines of n cells is a record of n * (n + 1) + 1 tokens
     if config.score is not None:
         print(score(model, vocab, text_of(config.score)), flush=True)
     elif config.infill is not None and n > 1 and record == n * (n + 1) + 1:

@@ -7,8 +7,9 @@ The network: a GPT-2 with bidirectional attention.
 
 Read this file first, then diffusion.py. A GPT becomes the mask predictor of a diffusion language
 model when its causal mask is removed: every position then sees every other position, so a token can
-be predicted from both sides. The network is not told the time t: given the visible tokens, the best
-prediction of a masked one does not depend on it (RADD, arXiv 2406.03736, theorem 1).
+be predicted from both sides. The network is not told how much is masked (the time t of
+diffusion.py): given the visible tokens, the best prediction of a masked one does not depend on it
+(RADD, arXiv 2406.03736, theorem 1).
 """
 
 import math
@@ -52,7 +53,8 @@ class GPTConfig:
 def rotary_angles(config):
     """Return the cosines and sines of the rotation angles, each (block_size, 1, head_dim / 2)."""
     head_dim = config.n_embd // config.n_head
-    # on the CPU even where a model is built without memory, to be filled from a checkpoint
+    # load_checkpoint builds the model on the meta device, which holds no values; these are in no
+    # checkpoint, so they are made on the CPU in any case
     freqs = 10000.0 ** -(torch.arange(0, head_dim, 2, device="cpu") / head_dim)
     positions = torch.arange(config.block_size, device="cpu").float()
     angles = torch.outer(positions, freqs)[:, None]
@@ -88,8 +90,8 @@ class SelfAttention(nn.Module):
         if cache is not None:                                # (2, B, n_head, S, head_dim)
             cache[..., start:start + T, :] = torch.stack([k, v])
             k, v = cache[..., :start + T, :]
-        # is_causal=False is the one change that makes a GPT a mask predictor. (A single new
-        # position, T = 1, sees everything that is in the twin's cache.)
+        # is_causal=False is the one change that makes a GPT a mask predictor. (With the twin's
+        # cache, a single new position, T = 1, may see everything.)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -134,7 +136,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # GPT-2: 2 * n_layer add to the residual stream
+            if name.endswith("c_proj.weight"):  # GPT-2: 2 * n_layer of them add to the residual
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def _init_weights(self, module):

@@ -111,7 +111,8 @@ CUDA_DEFAULTS = dict(n_layer=6, n_head=6, n_embd=384, dropout=0.2, batch_size=64
 
 def train(run):
     """Train until max_iters. Every process runs this loop; only the first one evaluates and writes
-    files. run: a lib.run.Run, which holds the config, the data, the model and the optimizers."""
+    files. run: a lib.run.Run, which holds config, train_data, model, ema (the averaged model),
+    optimizers, device, iteration, losses and more."""
     config, processes, mask_id = run.config, run.processes, run.model.config.mask_id
     net = torch.compile(run.model) if config.compile else run.model
     net = DistributedDataParallel(net) if processes.world_size > 1 else net
@@ -143,7 +144,7 @@ def train(run):
                     evaluate(run)
                 if evaluating or run.interrupted:
                     save(run)
-                run.clock = time.perf_counter()
+                run.clock = time.perf_counter()              # evaluating does not count as training
 
 
 def seed_for(*numbers):
@@ -152,8 +153,9 @@ def seed_for(*numbers):
 
 def get_batch(data, config, generator, record=1):
     """Return input_ids (B, T): the windows of one iteration, of all processes and forward passes.
-    Each window begins where a record of the data begins. As in LLaDA, 1 % of the batches are cut to
-    a random length."""
+    Each window begins where a record of the data begins (a Sudoku grid is a record of 91 tokens, a
+    text has records of 1). As in LLaDA, 1 % of the batches are cut to a random length, so that the
+    model learns to write shorter texts, too."""
     B, T = config.batch_size * config.gradient_accumulation_steps, config.block_size
     if torch.rand((), generator=generator) < 0.01:
         T = int(torch.randint(1, T + 1, (), generator=generator))
@@ -281,7 +283,7 @@ def show_progress(run, bar, speed, seconds=15):
 
 def parse_args():
     """Return the TrainConfig and the flags that were given, {name: value}. Defaults of the data
-    come before those of the device."""
+    override those of the device."""
     given = parse_knobs(TrainConfig, __doc__, [("on CUDA", CUDA_DEFAULTS)])
     config = TrainConfig(**given)
     meta = read_meta(data_folder(config.dataset, config.data_dir))

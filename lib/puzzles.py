@@ -1,5 +1,5 @@
 """
-Puzzle files as people have them, for models that were trained on square grids such as Sudokus.
+Reads puzzle files in common notations, for models that were trained on grids such as Sudokus.
 """
 
 import math
@@ -29,8 +29,8 @@ def read_puzzles(text, n):
 
     A cell is a digit, or empty: 0 . _ * ? x or -. Spaces, |, + and lines such as ---+---+--- only
     separate. Of the fields of a CSV row, the first that is a puzzle counts. Headings, comments
-    after # and empty lines are skipped. ValueError if a puzzle has not n * n cells, gives a digit
-    twice in a row, column or box, or leaves no cell empty."""
+    after # and empty lines are skipped. ValueError if a puzzle does not have n * n cells, gives a
+    digit twice in a row, column or box, or leaves no cell empty."""
     lines = [line.split("#")[0].strip() for line in text.split("\n")]
     dash_is_cell = any("-" in line and re.search("[0-9]", line) and not re.search("[A-Za-z]", line)
                        for line in lines)
@@ -70,7 +70,7 @@ def read_puzzles(text, n):
 
 def is_rule(signs, may_be_row):
     """Whether a line of these signs only separates: it is empty or drawn with - + = *. A line of
-    dashes alone may be a row of empty cells, a line of stars alone is one."""
+    dashes alone may be a row of empty cells; a line of stars alone always is one."""
     return signs <= set("-+=*") and signs != {"*"} and not (signs == {"-"} and may_be_row)
 
 
