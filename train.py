@@ -34,7 +34,7 @@ from tqdm import tqdm
 from diffusion import autoregressive_loss, diffusion_loss, forward_process
 from lib.common import check, knob, one_line_errors, open_streams, parse_knobs, say
 from lib.data import data_folder, read_meta
-from lib.device import read_processes
+from lib.device import pick_device, read_processes
 from lib.muon import Muon
 from lib.run import begin, evaluate, evaluate_checkpoint, finish, save, set_up, stop_on_signals
 from lib.windows import cut_windows
@@ -281,13 +281,15 @@ def show_progress(run, bar, speed, seconds=15):
 # -----------------------------------------------------------------------------
 # the command line
 
-def parse_args():
+def parse_args(processes):
     """Return the TrainConfig and the flags that were given, {name: value}. Defaults of the data
     override those of the device."""
     given = parse_knobs(TrainConfig, __doc__, [("on CUDA", CUDA_DEFAULTS)])
     config = TrainConfig(**given)
     meta = read_meta(data_folder(config.dataset, config.data_dir))
-    on_cuda = config.device != "cpu" and torch.cuda.is_available()
+    # of several processes, each takes its GPU later, in connect
+    alone = processes.world_size == 1
+    on_cuda = pick_device(config.device)[0].type == "cuda" if alone else torch.cuda.is_available()
     of_device = CUDA_DEFAULTS if on_cuda else {}
     return TrainConfig(**{**of_device, **meta.get("training", {}), **given}), given
 
@@ -299,7 +301,7 @@ def main():
     if processes.rank > 0:
         sys.stdout = open(os.devnull, "w")
     with one_line_errors(advice, processes.rank):
-        config, given = parse_args()
+        config, given = parse_args(processes)
         if config.eval_only:
             evaluate_checkpoint(config, given, processes)
             return

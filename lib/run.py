@@ -239,7 +239,6 @@ def save_state(run):
 
 def evaluate(run):
     """Measure both splits, save the model if it is the best so far, and write the loss curve."""
-    check_state(run)
     config, loss = run.config, float(np.mean(run.losses))
     row = dict(iteration=run.iteration, minutes=run.minutes(), loss=loss)
     for split, data in (("train", run.train_data), ("val", run.val_data)):
@@ -248,6 +247,7 @@ def evaluate(run):
             config.eval_tokens)
         measured = describe(name, row[split], row[f"{split}_se"], config.eval_passes)
         say(f"iteration {run.iteration:,}: {split} {measured}")
+    check_state(run)
     run.losses.clear()
     run.history.append(row)
     if row is run.best():

@@ -142,6 +142,7 @@ def of_an_old_version(state):
     (lambda state: state["model"].popitem() and None, "does not fit its run"),
     (lambda state: state["optimizer 0"].clear(), "does not fit its run"),
     (lambda state: state.pop("minutes") and None, "does not fit its run"),
+    (lambda state: state.update(minutes="many"), "does not fit its run"),
 ])
 def test_a_state_file_that_can_t_be_resumed_is_reported_in_one_line_and_left(
         interrupted, train, tmp_path, damage, words):

@@ -16,6 +16,7 @@ import train as train_script
 from diffusion import estimate_nelbo
 from lib.checkpoint import load_checkpoint, save_checkpoint
 from lib.data import load_data
+from lib.device import Processes
 from lib.windows import spread_windows
 from model import GPT, GPTConfig
 from train import CUDA_DEFAULTS, TrainConfig
@@ -27,7 +28,7 @@ from train import CUDA_DEFAULTS, TrainConfig
 def test_flags_take_a_value_after_a_space_and_switches_need_none(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", "--seed", "5", "--compile",
                                       "--rope=False", "--data_dir=/nowhere"])
-    config, given = train_script.parse_args()
+    config, given = train_script.parse_args(Processes())
     assert (config.seed, config.compile, config.rope, config.muon) == (5, True, False, True)
     assert given == {"device": "cpu", "seed": 5, "compile": True, "rope": False,
                      "data_dir": "/nowhere"}
@@ -38,7 +39,7 @@ def test_defaults_are_larger_on_a_gpu_and_a_flag_that_is_given_counts(monkeypatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["train.py", f"--device={device}", "--batch_size=8",
                                       "--data_dir=/nowhere"])
-    config, _ = train_script.parse_args()
+    config, _ = train_script.parse_args(Processes())
     assert (config.n_layer, config.batch_size) == (n_layer, 8)
 
 

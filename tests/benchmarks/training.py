@@ -76,7 +76,7 @@ def profile(f):
 def run_of(flags):
     """Return the Run that train.py would set up for these flags."""
     with mock.patch.object(sys, "argv", ["train.py", *flags]):
-        return set_up(*train.parse_args(), Processes(), train.make_optimizers)
+        return set_up(*train.parse_args(Processes()), Processes(), train.make_optimizers)
 
 
 def add_gradient(run, net, forward_process=forward_process):
