@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import prepare
 import pytest
+import torch
 from conftest import ROOT, TINY, assert_one_line_error, read_help
 from runs import RUN, contents, errors_of, names
 
@@ -36,7 +37,8 @@ def test_flags_take_a_value_after_a_space_and_switches_need_none(monkeypatch):
 
 @pytest.mark.parametrize("device, n_layer", [("auto", 6), ("cuda", 6), ("cpu", 4)])
 def test_defaults_are_larger_on_a_gpu_and_a_flag_that_is_given_counts(monkeypatch, device, n_layer):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(train_script, "pick_device", lambda name: (
+        torch.device("cpu" if name == "cpu" else "cuda"), "as a machine with a GPU says"))
     monkeypatch.setattr(sys, "argv", ["train.py", f"--device={device}", "--batch_size=8",
                                       "--data_dir=/nowhere"])
     config, _ = train_script.parse_args(Processes())
