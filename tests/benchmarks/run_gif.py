@@ -6,10 +6,10 @@ Draw a replay that main.py --html wrote as a moving picture, in the look of asse
     python main.py --path=sudoku --infill=assets/puzzle.txt --html=run.html
     python tests/benchmarks/run_gif.py run.html assets/sudoku.gif 24    # of larger letters
 
-There is one frame for each state of the first page. Masks are grey, fresh characters have a yellow
-background, and the others are coloured from blue (decided first) to red (decided last). The script
-needs Pillow (pip install pillow) and the font DejaVu Sans Mono, where Debian's fonts-dejavu-core
-installs it.
+There is one frame for each state of the first page, or for every second one of a long run. Masks
+are grey, fresh characters have a yellow background, and the others are coloured from blue (decided
+first) to red (decided last). The script needs Pillow (pip install pillow) and the font DejaVu Sans
+Mono, where Debian's fonts-dejavu-core installs it.
 """
 
 import colorsys
@@ -58,14 +58,17 @@ def lines_of(page, columns):
     return lines
 
 
-def frames_of(states, size):
-    """Yield the picture of every state. size: of the letters, in pixels."""
+def frames_of(states, size, every):
+    """Yield the picture of the first, every so many and the last state. size: of the letters, in
+    pixels."""
     font, small = (ImageFont.truetype(FONT, n) for n in (size, 16))
     width, height, last = round(font.getlength("M")), size * 3 // 2, len(states) - 1
     pages = [lines_of(page, (WIDTH - 2 * MARGIN) // width) for _, page in states]
     bottom = MARGIN + height * max(len(lines) for lines in pages) + height // 2
     right = 2 * MARGIN + max(width * len(line) for lines in pages for line in lines)
     for now, ((caption, _), lines) in enumerate(zip(states, pages)):
+        if now % every and now < last:
+            continue
         image = Image.new("RGB", (min(WIDTH, right), bottom + 24 + MARGIN // 2), PAPER)
         draw = ImageDraw.Draw(image)
         draw.fontmode = "1"  # letters of one colour each: smoothed ones make a larger file
@@ -75,7 +78,7 @@ def frames_of(states, size):
                 ink = HUES[11 * (decided - 1) // max(1, last - 1)] if decided else INK
                 if char is None:
                     char, ink = "▒", MASK
-                elif 0 < decided == now < last:
+                elif decided and now - every < decided <= now < last:
                     draw.rectangle([x, y, x + width - 1, y + height - 3], fill=FRESH)
                     ink = INK
                 draw.text((x, y), char, font=font, fill=ink)
@@ -89,7 +92,7 @@ def main():
     palette.putpalette([value for color in (PAPER, DIM, MASK, FRESH, INK, *HUES)
                         for value in color])
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE)
-              for frame in frames_of(states, int(size))]
+              for frame in frames_of(states, int(size), 1 + len(states) // 64)]
     frames[0].save(target, save_all=True, append_images=frames[1:], loop=0, optimize=True,
                    duration=[FIRST, *[EACH] * (len(frames) - 2), LAST])
 
