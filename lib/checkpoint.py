@@ -9,7 +9,7 @@ import io
 import os
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -67,7 +67,12 @@ def load_checkpoint(path, device="cpu"):
     checkpoint = load_object(path)
     try:
         # checkpoints older than qk_norm lack the key
-        config = GPTConfig(**{"qk_norm": False, **checkpoint["config"]})
+        values = {"qk_norm": False, **checkpoint["config"]}
+        for f in fields(GPTConfig):
+            types = (float, int) if f.type is float else (f.type,)
+            check(type(values.get(f.name, f.default)) in types,
+                  f"{f.name} is not of type {f.type.__name__}")
+        config = GPTConfig(**values)
         vocab, weights, info = checkpoint["chars"], checkpoint["model"], dict(checkpoint["info"])
         check(all(isinstance(token, str) and token for token in vocab)
               and len(vocab) == len(set(vocab)) == config.mask_id,

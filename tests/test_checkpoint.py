@@ -110,6 +110,7 @@ def damaged(path, marker):
         "a vocabulary with an empty token": saved(chars=["", *CHARS[1:]]),
         "an impossible config": saved(config={**checkpoint["config"], "n_head": 3}),
         "a config of words": saved(config={**checkpoint["config"], "n_layer": "two"}),
+        "a size that is no whole number": saved(config={**checkpoint["config"], "block_size": 12.0}),
         "an unknown config": saved(config={**checkpoint["config"], "moe": 8}),
     }
 
@@ -118,7 +119,8 @@ def damaged(path, marker):
     "empty", "cut short", "text", "another object", "code", "a bare pickle with code",
     "other shapes", "a missing weight", "not a tensor", "not finite",
     "a vocabulary of another size", "a vocabulary with an empty token",
-    "an impossible config", "a config of words", "an unknown config"])
+    "an impossible config", "a config of words", "a size that is no whole number",
+    "an unknown config"])
 def test_a_bad_checkpoint_is_one_clear_error_and_runs_no_code(kind, tmp_path, sample):
     path, marker = tmp_path / "m.pt", tmp_path / "marker"
     damaged(path, marker)[kind]()
