@@ -110,7 +110,8 @@ def damaged(path, marker):
         "a vocabulary with an empty token": saved(chars=["", *CHARS[1:]]),
         "an impossible config": saved(config={**checkpoint["config"], "n_head": 3}),
         "a config of words": saved(config={**checkpoint["config"], "n_layer": "two"}),
-        "a size that is no whole number": saved(config={**checkpoint["config"], "block_size": 12.0}),
+        "a size that is no whole number": saved(
+            config={**checkpoint["config"], "block_size": 12.0}),
         "an unknown config": saved(config={**checkpoint["config"], "moe": 8}),
     }
 
