@@ -102,7 +102,8 @@ def write_pages(config, given, model, vocab, record):
     started = time.perf_counter()
     given_text = decode([i for i in ids[hidden:] if i != mask_id], vocab)
     if space:
-        x = begin_word(model, x, vocab, generator)
+        temperature = given.get("temperature", PAGE["temperature"])
+        x = begin_word(model, x, vocab, temperature, generator)
     windows = page_windows(x[0] == mask_id, model.config.block_size)
     fill, steps = make_sampler(config, given, model, x[0], windows, generator)
     with Watcher(x[:, hidden:], sum(steps), vocab, mask_id, config.animate) as watcher:

@@ -48,7 +48,7 @@ def generate_pages(fill, x, mask_id, windows, steps):
             yield x
 
 
-def begin_word(model, x, vocab, generator):
+def begin_word(model, x, vocab, temperature, generator):
     """Write the first token after the prompt in each row of x (B, T): one that begins with a
     space, since the prompt ended in one. In training, the space belongs to the word after it."""
     mask_id, place = model.config.mask_id, int((x[0] == model.config.mask_id).int().argmax())
@@ -58,5 +58,5 @@ def begin_word(model, x, vocab, generator):
         window = F.pad(window, (1, 0), value=mask_id)[:, :place - start + 1]
     logits = predict(model, window.to(model.wte.weight.device), mask_id)[:, place - start]
     word = torch.tensor([token.startswith(" ") for token in vocab], device=x.device)
-    x[:, place] = sample(logits.to(x.device).where(word, -torch.inf), 0.65, generator)
+    x[:, place] = sample(logits.to(x.device).where(word, -torch.inf), temperature, generator)
     return x

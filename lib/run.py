@@ -257,7 +257,7 @@ def evaluate(run):
     try:
         write_atomically(f"{run.path}.csv", text.encode())
     except OSError as e:  # it may be open in a spreadsheet, which locks it on Windows
-        say(f"warning: {e}. The next evaluation tries again", sys.stderr)
+        say(f"warning: {e}. The next evaluation, if there is one, tries again", sys.stderr)
 
 
 @contextmanager
