@@ -283,43 +283,56 @@ def schedule(masked, steps, block_length, revise):
 # -----------------------------------------------------------------------------
 # sampling where the right answer is certain: puzzles
 
-def unmask_until_sure(model, x, mask_id, steps, tries, temperature=0.0, sure=0.999, **settings):
-    """unmask for puzzles. If the certainty of a filled row is below sure, a guess was probably
-    wrong: the row is filled again with other guesses, at most tries times in all, and its surest
-    try is the answer. Later tries have temperature 3, so that their guesses differ; with
-    low_confidence, what is certain is still written first. settings: further arguments of unmask.
-    An iterator of states like unmask."""
-    masked = x == mask_id                                                 # (B, T)
-    best, surest = x, torch.full((len(x),), -1.0, dtype=torch.float64, device=x.device)
+@torch.no_grad()
+def unmask_until_sure(model, x, mask_id, tries, threshold=0.99, sure=0.999):
+    """unmask for puzzles, as a best-first search. Each pass writes every token whose probability is
+    above threshold. Where there is none, the likeliest token is a guess, and what else could stand
+    there is kept as an alternative. Its cost is -log of the probability of all guesses that led to
+    it. If the certainty of the full page is below sure, a guess was probably wrong: the alternative
+    of lowest cost is filled next, and so on, until at most tries pages are full.
+
+    x (1, T) long. An iterator of states like unmask; the last is the surest of the full pages."""
+    written = x == mask_id                                                # (1, T)
+    best, surest, cost, alternatives = x, -1.0, 0.0, []
     for attempt in range(tries):
-        doubtful = surest < sure                                          # (B,)
-        if not doubtful.any():
-            break
-        page = torch.where(doubtful[:, None], x, best)
         if attempt:
-            yield page
-        for state in unmask(model, x[doubtful], mask_id, steps, temperature, **settings):
-            page = page.clone()
-            page[doubtful] = state
-            yield page
-        found = certainty(model, page, masked, mask_id)                   # (B,)
-        best = torch.where((found > surest)[:, None], page, best)
-        surest = torch.maximum(found, surest)
-        temperature = 3.0
+            alternatives.sort(key=lambda alternative: alternative[0], reverse=True)
+            cost, x = alternatives.pop()
+            yield x
+        while (masked := x == mask_id).any():
+            p = predict(model, x, mask_id).softmax(dim=-1)                # (1, T, mask_id)
+            x0_p, x0 = p.max(dim=-1)                                      # (1, T)
+            transfer_index = masked & (x0_p > threshold)
+            if transfer_index.any():
+                x = torch.where(transfer_index, x0, x)
+            else:
+                place = x0_p.where(masked, -1).argmax()
+                for token in p[0, place].argsort():                       # the likeliest last
+                    guess = x.clone()
+                    guess[0, place] = token
+                    alternatives.append((cost - p[0, place, token].log().item(), guess))
+                cost, x = alternatives.pop()
+            yield x
+        found = certainty(model, x, written, mask_id).item()
+        if found > surest:
+            best, surest = x, found
+        if surest >= sure or not alternatives:
+            break
     yield best
 
 
 @torch.no_grad()
 def certainty(model, x, written, mask_id):
     """How sure the model is of the tokens written (B, T) bool in each row of x (B, T): mask a
-    quarter of them at a time, and take the lowest probability that any token has when it is masked.
-    Returns (B,) float64, 1 where nothing was written."""
+    quarter of them at a time, then a fifth at a time, and take the lowest probability that any
+    token has when it is masked. Returns (B,) float64, 1 where nothing was written."""
     lowest = torch.ones(len(x), dtype=torch.float64, device=x.device)
-    for quarter in range(4):
-        masked = written & (written.cumsum(dim=1) % 4 == quarter)
-        p = predict(model, torch.where(masked, mask_id, x), mask_id).softmax(dim=-1)
-        p = p.gather(-1, x[..., None])[..., 0]                            # (B, T)
-        lowest = torch.minimum(lowest, p.where(masked, 1.0).amin(dim=1))
+    for parts in (4, 5):
+        for part in range(parts):
+            masked = written & (written.cumsum(dim=1) % parts == part)
+            p = predict(model, torch.where(masked, mask_id, x), mask_id).softmax(dim=-1)
+            p = p.gather(-1, x[..., None])[..., 0]                        # (B, T)
+            lowest = torch.minimum(lowest, p.where(masked, 1.0).amin(dim=1))
     return lowest
 
 

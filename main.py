@@ -68,8 +68,8 @@ class SampleConfig:
                                "rewrite, then less and less; 0 disables it")
     threshold: float = knob(None, "keep also all predictions more probable than this, in fewer "
                                   "steps")
-    tries: int = knob(None, "for puzzles: while the model is not sure of its answer, start again "
-                            "with other guesses, at most this many times in all")
+    tries: int = knob(None, "for puzzles: while the model is not sure of its answer, replace a "
+                            "guess, until this many answers were tried")
     block_length: int = knob(None, "finish this many tokens before the next ones")
     cfg_scale: float = knob(0.0, "classifier-free guidance towards the given text; 0 disables it")
 
@@ -85,7 +85,7 @@ class SampleConfig:
 SAMPLER = ("temperature", "remasking", "revise", "threshold", "block_length", "cfg_scale")
 PAGE = dict(steps=64, temperature=0.8, remasking="dilated", revise=0.3)
 INFILL = dict(temperature=0.0, remasking="low_confidence", revise=0.0)
-PUZZLE = dict(INFILL, tries=16, sure=0.999)
+PUZZLE = dict(tries=64, threshold=0.99, sure=0.999)
 TWIN = dict(temperature=0.8)
 LONG_GAP = 64       # holes in a row from which --infill writes like a page
 
@@ -198,10 +198,14 @@ def make_sampler(config, given, model, page, windows, generator):
 # puzzles
 
 def solve_puzzles(config, given, model, vocab, n):
-    """Solve the puzzles of --infill, n x n cells each, one after the other."""
-    mask_id = model.config.mask_id
-    settings = {**PUZZLE, **{name: given[name] for name in (*SAMPLER, "tries") if name in given}}
-    check(settings["tries"] >= 1, f"--tries must be at least 1, not {settings['tries']}")
+    """Solve the puzzles of --infill, n x n cells each, one after the other: by a search or, if
+    steps or flags of unmask alone are given, by one run of unmask."""
+    mask_id, tries = model.config.mask_id, PUZZLE["tries"] if config.tries is None else config.tries
+    chosen = {name: given[name] for name in ("steps", *SAMPLER) if name in given}
+    of_unmask = [f"--{name}" for name in chosen if name != "threshold"]
+    search = not of_unmask
+    check(tries >= 1, f"--tries must be at least 1, not {tries}")
+    check(search or config.tries is None, f"--tries does not go with {', '.join(of_unmask)}")
     puzzles = read_puzzles(text_of(config.infill), n)
     check(len(puzzles) == 1 or not config.html, "--html is for a single puzzle")
     generator = torch.Generator(home_of(model)).manual_seed(config.seed)
@@ -210,15 +214,19 @@ def solve_puzzles(config, given, model, vocab, n):
         ids = encode(puzzle.to_page(), vocab, "_", mask_id).tolist()
         x = torch.tensor([ids], device=generator.device)                  # (1, T)
         empty = x == mask_id
-        steps = int(empty.sum()) if config.steps is None else config.steps
-        with Watcher(x, steps, vocab, mask_id, config.animate) as watcher:
-            for page in unmask_until_sure(predictor, x, mask_id, steps, generator=generator,
-                                          **settings):
+        if search:
+            settings = {**PUZZLE, **chosen, "tries": tries}
+            states = unmask_until_sure(predictor, x, mask_id, **settings)
+        else:
+            settings = {"steps": int(empty.sum()), **INFILL, **chosen, "generator": generator}
+            states = unmask(predictor, x, mask_id, **settings)
+        with Watcher(x, int(empty.sum()), vocab, mask_id, config.animate) as watcher:
+            for page in states:
                 watcher.see(page, keep_all=config.html)
         text = decode(page[0].tolist(), vocab)
         print(text.replace("\n", "") + "\n" if puzzle.one_line else text, end="", flush=True)
-        if certainty(predictor, page, empty, mask_id).item() < settings["sure"]:
-            print(f"not sure of this answer ({settings['tries']} tries)", file=sys.stderr)
+        if certainty(predictor, page, empty, mask_id).item() < PUZZLE["sure"]:
+            print(f"not sure of this answer ({tries if search else 1} tries)", file=sys.stderr)
         print(f"[{watcher.passes} steps; seed {config.seed}]", file=sys.stderr)
         if config.html:
             save_replay(config.html, watcher.states, mask_id, vocab)

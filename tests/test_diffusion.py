@@ -849,10 +849,10 @@ def test_certainty_is_the_least_probability_of_a_written_token():
     assert certainty(rules, SOLUTION, written, 4)[0] > 1 - 1e-9
     # what contradicts its row gets exp(-30) beside a certain digit, or about 1/4 if all contradict
     assert certainty(rules, wrong, written, 4)[0] < 0.4
-    model, calls = counting(rules)  # four passes, each with another quarter of the cells masked
+    model, calls = counting(rules)  # a quarter of the cells is masked in each pass, then a fifth
     certainty(model, SOLUTION, written, 4)
-    assert [int((x == 4).sum()) for x in calls] == [4] * 4
-    assert (sum((x == 4).long() for x in calls) == 1).all()
+    assert [int((x == 4).sum()) for x in calls] == [4] * 4 + [3, 4, 3, 3, 3]
+    assert (sum((x == 4).long() for x in calls) == 2).all()
     both = torch.cat([SOLUTION, wrong])
     assert certainty(rules, both, torch.zeros_like(both, dtype=torch.bool), 4).tolist() == [1, 1]
 
@@ -866,38 +866,46 @@ def test_certainty_by_hand():
     assert certainty(model, x, written, 3).item() == pytest.approx(0.6)
 
 
-def test_a_wrong_guess_is_noticed_and_made_anew():
-    draft = last(unmask(rules, GUESSWORK, 4, 16, 0.0, "low_confidence"))
+def search(model, x, tries=16, **settings):
+    return list(unmask_until_sure(model, x, 4, tries, **settings))
+
+
+def test_a_wrong_guess_is_noticed_and_replaced():
+    [*_, draft] = search(rules, GUESSWORK, tries=1)
     assert not solved(draft)
-    for seed in range(5):
-        model, calls = counting(rules)
-        x = last(unmask_until_sure(model, GUESSWORK, 4, 16, tries=16, generator=seeded(seed),
-                                   remasking="low_confidence"))
-        assert solved(x) and torch.equal(x[GUESSWORK < 4], GUESSWORK[GUESSWORK < 4])
-        assert len(calls) >= 2 * (12 + 4)  # tries of twelve cells, each checked in four passes
+    assert torch.equal(draft, last(unmask(rules, GUESSWORK, 4, 16, 0.0, "low_confidence",
+                                          threshold=0.99)))
+    [*_, x] = search(rules, GUESSWORK)
+    assert solved(x) and torch.equal(x[GUESSWORK < 4], GUESSWORK[GUESSWORK < 4])
 
 
-def test_a_sure_answer_needs_one_try():
+def test_a_sure_answer_needs_one_try_and_certain_cells_are_written_together():
     model, calls = counting(rules)
-    assert solved(last(unmask_until_sure(model, EASY, 4, 16, tries=16, remasking="low_confidence")))
-    assert len(calls) == int((EASY == 4).sum()) + 4
+    assert solved(search(model, EASY)[-1])
+    assert len(calls) < int((EASY == 4).sum()) + 9           # nine check the full page
+    model, calls = counting(rules)
+    search(model, EASY, threshold=1.0)                       # a cell in each pass
+    assert len(calls) == int((EASY == 4).sum()) + 9
 
 
-def test_the_surest_try_is_the_answer_and_rows_that_are_sure_stay():
-    """Of the givens that contradict each other, no try is sure."""
-    x = torch.cat([EASY, IMPOSSIBLE])
-    states = list(unmask_until_sure(rules, x, 4, 16, tries=6, generator=seeded(8),
-                                    remasking="low_confidence"))
-    done = [i for i, state in enumerate(states) if (state != 4).all()]
-    *tries, answer = [states[i] for i in done]
-    assert len(tries) == 6 and solved(tries[0][:1]) and not solved(answer[1:])
-    assert all(torch.equal(state[0], tries[0][0]) for state in states[done[0]:])
-    for i in done[:5]:                                      # every try begins with the givens
-        assert torch.equal(states[i + 1][1], x[1])
-    *found, surest = [certainty(rules, state, x == 4, 4)[1] for state in [*tries, answer]]
-    assert found[0] < surest > found[-1] and surest == max(found) < 0.999
-    assert torch.equal(answer, tries[found.index(surest)])
-    assert torch.equal(answer[x != 4], x[x != 4])
+def test_the_surest_try_is_the_answer():
+    """Of givens that contradict each other, no try is sure."""
+    states = search(rules, IMPOSSIBLE, tries=6)
+    *tries, answer = [x for x in states if (x != 4).all()]
+    assert len(tries) == 6 and not solved(answer)
+    found = [certainty(rules, x, IMPOSSIBLE == 4, 4).item() for x in tries]
+    assert max(found) < 0.999 and torch.equal(answer, tries[found.index(max(found))])
+    assert all(torch.equal(x[IMPOSSIBLE != 4], IMPOSSIBLE[IMPOSSIBLE != 4]) for x in states)
+
+
+def test_the_likeliest_alternative_comes_first():
+    """Two independent places, of probabilities (0.6, 0.4) and (0.9, 0.1), and no page is sure: the
+    pages come in the order of their probabilities, and after the last one the search ends."""
+    logits = torch.tensor([[[0.6, 0.4], [0.9, 0.1]]]).log()
+    model = lambda x: F.pad(logits.expand(len(x), -1, -1), (0, 1))  # noqa: E731
+    states = list(unmask_until_sure(model, torch.full((1, 2), 2), 2, tries=9))
+    *pages, answer = [tuple(x[0].tolist()) for x in states if (x != 2).all()]
+    assert pages == [(0, 0), (1, 0), (0, 1), (1, 1)] and answer == (0, 0)
 
 
 # -----------------------------------------------------------------------------

@@ -363,7 +363,8 @@ def test_help_is_grouped_and_shows_every_default(sample):
             assert "(default: " in text, flag
     # a default that depends on what is written says so
     for where, defaults in (("of a page", main_script.PAGE), ("with --infill", main_script.INFILL),
-                            ("of puzzles", main_script.PUZZLE), ("of a twin", main_script.TWIN)):
+                            ("of a twin", main_script.TWIN)):
         assert f"{where} {defaults['temperature']}" in groups["sampler"]["temperature"]
-    assert f"of puzzles {main_script.PUZZLE['tries']}" in groups["sampler"]["tries"]
+    for name in ("tries", "threshold"):
+        assert f"of puzzles {main_script.PUZZLE[name]}" in groups["sampler"][name]
     assert f"of a page {main_script.PAGE['steps']}" in groups["sampler"]["steps"]

@@ -43,7 +43,8 @@ from main import INFILL, PUZZLE
 
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
 RULES = [  # name, arguments of unmask, cells per step
-    (f"main.py's for puzzles: surest first, up to {PUZZLE['tries']} tries", PUZZLE, 1),
+    (f"main.py's for puzzles: all above {PUZZLE['threshold']}, up to {PUZZLE['tries']} tries",
+     PUZZLE, 1),
     ("surest first", INFILL, 1),
     ("surest first, and all above 0.999", dict(INFILL, threshold=0.999), 1),
     ("surest first, and all above 0.99", dict(INFILL, threshold=0.99), 1),
@@ -131,12 +132,10 @@ def solve_file(model, args):
     found = read_puzzles(read_text(args.file), 9)
     quizzes = np.reshape([[int(c) for c in puzzle.cells.replace("_", "0")] for puzzle in found],
                          (-1, 9, 9))
-    generator = torch.Generator().manual_seed(args.seed)
     answers = []
 
     def solve(x):
-        for page in unmask_until_sure(model, x, EMPTY, int((x == EMPTY).sum()),
-                                      generator=generator, **PUZZLE):
+        for page in unmask_until_sure(model, x, EMPTY, **PUZZLE):
             yield page
         answers.append(certainty(model, page, x == EMPTY, EMPTY).item() >= PUZZLE["sure"])
     solved, passes, seconds = solve_all(map(solve, to_page(quizzes).split(1)), quizzes)
@@ -208,7 +207,6 @@ def main():
     parser.add_argument("--train_twin", action="store_true")
     parser.add_argument("--puzzles", type=int, default=200)
     parser.add_argument("--file", help="solve the puzzles of this file, in any common notation")
-    parser.add_argument("--seed", type=int, default=0, help="of the retries of --file")
     parser.add_argument("--data_dir", default=data_folder("sudoku", ""))
     args = parser.parse_args()
     if args.train_twin:
@@ -228,12 +226,12 @@ def main():
         results = []
         for givens, quizzes in sets.items():
             steps = 32 if per_step is None else max(1, round((81 - givens) / per_step))
-            how = dict(how, generator=torch.Generator().manual_seed(0))
             page = to_page(quizzes)
             if "tries" in how:
-                batches = (unmask_until_sure(model, x, EMPTY, steps, **how) for x in page.split(1))
+                batches = (unmask_until_sure(model, x, EMPTY, **how) for x in page.split(1))
             else:
-                batches = [unmask(model, page, EMPTY, steps, **how)]
+                generator = torch.Generator().manual_seed(0)
+                batches = [unmask(model, page, EMPTY, steps, generator=generator, **how)]
             results.append(solve_all(batches, quizzes))
         print_row(name, per_step or "", results)
     if resolve_path(args.twin).exists():
