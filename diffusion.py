@@ -284,12 +284,13 @@ def schedule(masked, steps, block_length, revise):
 # sampling where the right answer is certain: puzzles
 
 @torch.no_grad()
-def unmask_until_sure(model, x, mask_id, tries, threshold=0.99, sure=0.999):
+def unmask_until_sure(model, x, mask_id, tries, threshold=0.999, sure=0.999):
     """unmask for puzzles, as a best-first search. Each pass writes every token whose probability is
-    above threshold. Where there is none, the likeliest token is a guess, and what else could stand
-    there is kept as an alternative. Its cost is -log of the probability of all guesses that led to
-    it. If the certainty of the full page is below sure, a guess was probably wrong: the alternative
-    of lowest cost is filled next, and so on, until at most tries pages are full.
+    above threshold or, if there is none, the likeliest one. Whatever else could stand in place of
+    the least probable token written is kept as an alternative: the page before the pass, with that
+    token. Its cost is -log of the product of its probability and those of the tokens chosen so on
+    the way to it. If the certainty of the full page is below sure, a token is probably wrong: the
+    alternative of lowest cost is filled next, and so on, until tries pages were filled.
 
     x (1, T) long. An iterator of states like unmask; the last is the surest of the full pages."""
     written = x == mask_id                                                # (1, T)
@@ -302,16 +303,16 @@ def unmask_until_sure(model, x, mask_id, tries, threshold=0.99, sure=0.999):
         while (masked := x == mask_id).any():
             p = predict(model, x, mask_id).softmax(dim=-1)                # (1, T, mask_id)
             x0_p, x0 = p.max(dim=-1)                                      # (1, T)
-            transfer_index = masked & (x0_p > threshold)
-            if transfer_index.any():
-                x = torch.where(transfer_index, x0, x)
-            else:
-                place = x0_p.where(masked, -1).argmax()
-                for token in p[0, place].argsort():                       # the likeliest last
-                    guess = x.clone()
-                    guess[0, place] = token
-                    alternatives.append((cost - p[0, place, token].log().item(), guess))
-                cost, x = alternatives.pop()
+            confidence = x0_p.where(masked, -1)
+            likeliest = F.one_hot(confidence.argmax(dim=1), x.shape[1]).bool()
+            transfer_index = (confidence > threshold) | likeliest         # (1, T)
+            place = x0_p.where(transfer_index, 2).argmin()
+            for token in p[0, place].argsort()[:-1]:                      # all but the likeliest
+                alternative = x.clone()
+                alternative[0, place] = token
+                alternatives.append((cost - p[0, place, token].log().item(), alternative))
+            cost -= x0_p[0, place].log().item()
+            x = torch.where(transfer_index, x0, x)
             yield x
         found = certainty(model, x, written, mask_id).item()
         if found > surest:

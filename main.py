@@ -85,7 +85,7 @@ class SampleConfig:
 SAMPLER = ("temperature", "remasking", "revise", "threshold", "block_length", "cfg_scale")
 PAGE = dict(steps=64, temperature=0.8, remasking="dilated", revise=0.3)
 INFILL = dict(temperature=0.0, remasking="low_confidence", revise=0.0)
-PUZZLE = dict(tries=64, threshold=0.99, sure=0.999)
+PUZZLE = dict(tries=64, threshold=0.999, sure=0.999)
 TWIN = dict(temperature=0.8)
 LONG_GAP = 64       # holes in a row from which --infill writes like a page
 

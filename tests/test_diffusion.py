@@ -874,7 +874,7 @@ def test_a_wrong_guess_is_noticed_and_replaced():
     [*_, draft] = search(rules, GUESSWORK, tries=1)
     assert not solved(draft)
     assert torch.equal(draft, last(unmask(rules, GUESSWORK, 4, 16, 0.0, "low_confidence",
-                                          threshold=0.99)))
+                                          threshold=0.999)))
     [*_, x] = search(rules, GUESSWORK)
     assert solved(x) and torch.equal(x[GUESSWORK < 4], GUESSWORK[GUESSWORK < 4])
 
@@ -903,9 +903,13 @@ def test_the_likeliest_alternative_comes_first():
     pages come in the order of their probabilities, and after the last one the search ends."""
     logits = torch.tensor([[[0.6, 0.4], [0.9, 0.1]]]).log()
     model = lambda x: F.pad(logits.expand(len(x), -1, -1), (0, 1))  # noqa: E731
-    states = list(unmask_until_sure(model, torch.full((1, 2), 2), 2, tries=9))
-    *pages, answer = [tuple(x[0].tolist()) for x in states if (x != 2).all()]
-    assert pages == [(0, 0), (1, 0), (0, 1), (1, 1)] and answer == (0, 0)
+    def pages(threshold):
+        states = unmask_until_sure(model, torch.full((1, 2), 2), 2, 9, threshold)
+        return [tuple(x[0].tolist()) for x in states if (x != 2).all()]
+    *found, answer = pages(threshold=0.999)
+    assert found == [(0, 0), (1, 0), (0, 1), (1, 1)] and answer == (0, 0)
+    # of tokens written together, only the least probable one has alternatives
+    assert pages(threshold=0.5) == [(0, 0), (1, 0), (1, 1), (0, 0)]
 
 
 # -----------------------------------------------------------------------------
