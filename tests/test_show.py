@@ -169,7 +169,7 @@ def test_animate_without_a_terminal_writes_the_same_text(sample, checkpoint):
 def test_animate_leaves_a_real_terminal_as_it_was(checkpoint, interrupt):
     ours, theirs = os.openpty()
     command = [sys.executable, ROOT / "main.py", f"--path={checkpoint}", "--animate",
-               "--device=cpu", "--steps=20", "--revise=0.2"]
+               "--device=cpu", f"--steps={200 if interrupt else 20}", "--revise=0.2"]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE,
                                text=True)
     os.close(theirs)
