@@ -44,7 +44,7 @@ from main import INFILL, PUZZLE
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
 RULES = [  # name, arguments of unmask, cells per step
     (f"main.py's for puzzles: all above {PUZZLE['threshold']}, up to {PUZZLE['tries']} tries",
-     PUZZLE, 1),
+     PUZZLE, None),
     ("surest first", INFILL, 1),
     ("surest first, and all above 0.999", dict(INFILL, threshold=0.999), 1),
     ("surest first, and all above 0.99", dict(INFILL, threshold=0.99), 1),
