@@ -67,7 +67,7 @@ def longest_copy(page, text):
 
 class Metrics:
     """The scores of pages. judge: a causal GPT in eval mode, of another seed and size than what it
-    judges; its vocabulary vocab holds characters only."""
+    judges; its vocabulary vocab holds characters only. Without a judge, its score is left out."""
 
     def __init__(self, judge, vocab, train_text):
         self.judge, self.vocab, self.train_text = judge, vocab, train_text
@@ -87,8 +87,9 @@ class Metrics:
         others = [set().union(*eights[:i], *eights[i + 1:]) for i in range(len(pages))]
         n_eights = sum(map(len, eights))
         shared = sum(gram in other for grams, other in zip(eights, others) for gram in grams)
+        judged = {JUDGED: self.judged(pages)} if self.judge else {}
         return {
-            JUDGED: self.judged(pages),
+            **judged,
             "corpus words": sum(word in self.known for word in words) / max(1, len(words)),
             DISTINCT: len(set(fours)) / len(fours),
             "repeated 8-grams": 1 - sum(len(set(grams)) for grams in eights) / n_eights,

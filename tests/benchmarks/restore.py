@@ -4,6 +4,7 @@ are missing (missing_rates in lib/rates.py)?
 
     python tests/benchmarks/restore.py                              # the shipped model
     python tests/benchmarks/restore.py --texts=40 --rows=vowels
+    python tests/benchmarks/restore.py --rows="a gap of 20"         # or another number
     python tests/benchmarks/restore.py --path=X --dtype=bfloat16    # or any other flags of main.py
 
 Texts of 1,024 characters are spread over the validation text of Tiny Shakespeare, which must be
@@ -40,8 +41,9 @@ def holes_of(row, text, generator):
         return np.array([char in SETS[row] for char in text])
     if row.startswith("random"):
         return generator.random(len(text)) < int(row.split()[1]) / 100
-    start = generator.integers(len(text) - 32)
-    return (np.arange(len(text)) >= start) & (np.arange(len(text)) < start + 32)
+    length = int(row.split()[-1])
+    start = generator.integers(len(text) - length)
+    return (np.arange(len(text)) >= start) & (np.arange(len(text)) < start + length)
 
 
 def fill(given):
