@@ -137,8 +137,8 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", block_
     remasking: which predictions a step keeps: random, dilated or low_confidence (writing_order).
     block_length: write this many masks, from the left, before the next ones.
     cfg_scale > 0: classifier-free guidance towards the given tokens.
-    revise > 0: half of the steps write a draft; each of the others masks a share of the text again,
-    first this share, then less and less, and rewrites it (after ReMDM, arXiv 2503.00307).
+    revise > 0: a quarter of the steps write a draft; each of the others masks a share of the text
+    again, first this share, then less and less, and rewrites it (after ReMDM, arXiv 2503.00307).
     generator: a torch.Generator on x's device.
     threshold: keep also every prediction whose probability is above it, in any block (after
     Fast-dLLM, arXiv 2505.22618), so that fewer steps are needed.
@@ -262,7 +262,7 @@ def schedule(masked, steps, block_length, revise):
     masked (B, T) bool: the places to write."""
     n_masks = masked.sum(dim=1, keepdim=True)                             # (B, 1)
     longest = int(n_masks.max())
-    draft_steps = min((steps + 1) // 2 if revise else steps, longest)
+    draft_steps = min((steps + 3) // 4 if revise else steps, longest)
     block_length = block_length or max(longest, 1)
     n_blocks = math.ceil(longest / block_length)
     passes, waiting = [], 0

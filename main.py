@@ -64,8 +64,8 @@ class SampleConfig:
     temperature: float = knob(None, "0: the likeliest tokens; 1: the model's distribution")
     remasking: str = knob(None, "which predictions a step keeps: random, dilated (spread apart) or "
                                 "low_confidence (the most probable)")
-    revise: float = knob(None, "share of the text that the second half of the steps begins to "
-                               "rewrite, then less and less; 0 disables it")
+    revise: float = knob(None, "a quarter of the steps write a draft; the others rewrite this share "
+                               "of it, then less and less; 0 disables it")
     threshold: float = knob(None, "keep also all predictions more probable than this, in fewer "
                                   "steps")
     tries: int = knob(None, "for puzzles: while the model is not sure of its answer, replace a "
@@ -83,7 +83,7 @@ class SampleConfig:
 
 # flags that unmask takes, and their defaults
 SAMPLER = ("temperature", "remasking", "revise", "threshold", "block_length", "cfg_scale")
-PAGE = dict(steps=64, temperature=0.8, remasking="dilated", revise=0.3)
+PAGE = dict(steps=32, temperature=0.85, remasking="dilated", revise=0.3)
 INFILL = dict(temperature=0.0, remasking="low_confidence", revise=0.0)
 PUZZLE = dict(tries=64, threshold=0.999, sure=0.999)
 TWIN = dict(temperature=0.8)
