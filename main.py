@@ -64,8 +64,8 @@ class SampleConfig:
     temperature: float = knob(None, "0: the likeliest tokens; 1: the model's distribution")
     remasking: str = knob(None, "which predictions a step keeps: random, dilated (spread apart) or "
                                 "low_confidence (the most probable)")
-    revise: float = knob(None, "a quarter of the steps write a draft; the others rewrite this share "
-                               "of it, then less and less; 0 disables it")
+    revise: float = knob(None, "a quarter of the steps write a draft; the others rewrite this "
+                               "share of it, then less and less; 0 disables it")
     threshold: float = knob(None, "keep also all predictions more probable than this, in fewer "
                                   "steps")
     tries: int = knob(None, "for puzzles: while the model is not sure of its answer, replace a "

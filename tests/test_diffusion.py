@@ -653,12 +653,12 @@ def test_revision_comes_after_the_draft_and_becomes_less():
     x[:, ::4], x[2, :20] = 0, 0                                      # 30, 30 and 15 masks
     given = x != 20
     states = list(unmask(model, x, 20, 20, revise=0.4, generator=seeded()))
-    assert len(seen) == 20 and len(states) == 30 and all((s[given] == 0).all() for s in states)
-    assert [int(n[0]) for n in seen[:10]] == list(range(30, 0, -3)) and (states[9] < 20).all()
-    # 0.4 * 30 * (1, 0.9, ... 0.1), rounded up
-    assert [int(n[0]) for n in seen[10:]] == [12, 11, 10, 9, 8, 6, 5, 4, 3, 2]
-    assert [int(n[2]) for n in seen[10:]] == [6, 6, 5, 5, 4, 3, 3, 2, 2, 1]
-    for step, again, state in zip(range(10, 20), states[10::2], states[11::2], strict=True):
+    assert len(seen) == 20 and len(states) == 35 and all((s[given] == 0).all() for s in states)
+    assert [int(n[0]) for n in seen[:5]] == list(range(30, 0, -6)) and (states[4] < 20).all()
+    # 0.4 * 30 * (15, 14, ... 1) / 15, rounded up
+    assert [int(n[0]) for n in seen[5:]] == [12, 12, 11, 10, 9, 8, 8, 7, 6, 5, 4, 4, 3, 2, 1]
+    assert [int(n[2]) for n in seen[5:]] == [6, 6, 6, 5, 5, 4, 4, 4, 3, 3, 2, 2, 2, 1, 1]
+    for step, again, state in zip(range(5, 20), states[5::2], states[6::2], strict=True):
         assert torch.equal((again == 20).sum(1), seen[step])
         assert torch.equal(state == step, again == 20)               # that is written anew
         assert torch.equal(state[again != 20], again[again != 20])   # and nothing else
@@ -673,7 +673,7 @@ def test_what_is_masked_again_is_shown(steps):
     states = [x, *unmask(model, x, 5, steps, revise=0.5, generator=seeded())]
     more = [bool(((b == 5).sum(1) > (a == 5).sum(1)).all()) for a, b in itertools.pairwise(states)]
     fewer = [bool(((b == 5).sum(1) < (a == 5).sum(1)).all()) for a, b in itertools.pairwise(states)]
-    draft = min((steps + 1) // 2, 12)
+    draft = {5: 2, 8: 2, 24: 6}[steps]
     assert len(calls) == sum(fewer) == steps and sum(more) == steps - draft
     assert len(states) - 1 == steps + sum(more)
     assert more == [False] * draft + [True, False] * (steps - draft)
@@ -704,7 +704,7 @@ def test_what_counts_is_the_probability_when_it_was_written():
         seen.append(x)
         logits = torch.tensor([0.0, 0.0 if len(seen) == 1 else -20.0, 0.0])
         return logits.expand(*x.shape, 3)
-    last(unmask(model, torch.full((8000, 2), M), M, 4, revise=0.1, generator=seeded()))
+    last(unmask(model, torch.full((8000, 2), M), M, 5, revise=0.1, generator=seeded()))
     first, again = seen[1] != M, seen[2] == M
     assert (first.sum(1) == 1).all() and (again.sum(1) == 1).all()
     same = int((first == again).all(1).sum())

@@ -190,7 +190,7 @@ def test_animate_leaves_a_real_terminal_as_it_was(checkpoint, interrupt):
     assert process.returncode == (130 if interrupt else 0) and "Traceback" not in err, err
     screen, after = shown.decode().split(RESTORE)
     assert screen.startswith(HIDE) and "\x1b" not in after
-    frames = 1 + 20 + 10  # the start, the passes, and what the second half of them masks again
+    frames = 1 + 20 + 15  # the start, the passes, and what three quarters of them mask again
     if interrupt:
         assert screen.count(HOME) < frames and after == ""
     else:

@@ -2,13 +2,14 @@
 Which settings of main.py write pages that read well, and how long does a page take?
 
     python tests/benchmarks/pages.py                               # the default page
-    python tests/benchmarks/pages.py 40,0.85,0.3 64,0.8,0.3        # steps,temperature,revise
+    python tests/benchmarks/pages.py 16,0.85,0.3 64,0.8,0.3        # steps,temperature,revise
+    python tests/benchmarks/pages.py 256,1,0,random                # ... and the order
     python tests/benchmarks/pages.py --seed=2 --pages=64 --path=X
 
 Tiny Shakespeare must be prepared. Like main.py, every setting writes pages of one block that begin
-at a line's start, in the order dilated. metrics.py defines the two scores. To choose a setting,
-search with one seed and report the result of another. The seconds are the median of three pages
-that are written one at a time: measure them on a quiet machine.
+at a line's start. metrics.py defines the two scores, and the first row is real text. To choose a
+setting, search with one seed, and report the result of another. The seconds are the median of three
+pages that are written one at a time: measure them on a quiet machine.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from metrics import DISTINCT, Metrics
+from metrics import DISTINCT, Metrics, cut
 
 from diffusion import unmask
 from lib.checkpoint import load_checkpoint, resolve_path
@@ -42,6 +43,11 @@ def write(model, vocab, n, seed, **settings):
     return [decode(row, vocab)[1:] for row in page.tolist()], seconds
 
 
+def show(setting, scores, seconds):
+    cells = ["{:.3f} ± {:.3f}".format(*scores[name]) for name in ("corpus words", DISTINCT)]
+    print(f"| {setting} | {' | '.join(cells)} | {seconds} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,25 +60,24 @@ def main():
     model, vocab, _ = load_checkpoint(resolve_path(args.path))
     dtype, why = pick_dtype("auto", torch.device("cpu"))
     model.to(dtype)
-    train_data, _, _ = load_data(data_folder("shakespeare_char", ""), model.config.block_size,
-                                 vocab)
-    metrics = Metrics(None, vocab, decode(train_data, vocab))
+    *data, _ = load_data(data_folder("shakespeare_char", ""), model.config.block_size, vocab)
+    train_text, val_text = (decode(ids, vocab) for ids in data)
+    metrics = Metrics(None, vocab, train_text)
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {torch.__version__}, "
           f"{dtype} ({why}), {args.pages} pages, seed {args.seed}\n\n"
-          "| steps | temperature | revise | words that exist | distinct 4-grams | seconds a page |\n"
-          + "|---" * 6 + "|", flush=True)
+          "| steps, temperature, revise, order | words that exist | distinct 4-grams | seconds |"
+          "\n|---|---|---|---|", flush=True)
+    show("real validation text", metrics(cut(val_text, model.config.block_size - 1)), "")
     for setting in args.settings:
-        steps, temperature, revise = setting.split(",")
+        steps, temperature, revise, *order = setting.split(",")
         settings = dict(steps=int(steps), temperature=float(temperature), revise=float(revise),
-                        remasking=PAGE["remasking"])
+                        remasking=order[0] if order else PAGE["remasking"])
         seconds = [write(model, vocab, 1, args.seed + i, **settings)[1] for i in range(3)]
         pages = []
         for start in range(0, args.pages, 16):
             pages += write(model, vocab, 16, 1000 * args.seed + start, **settings)[0]
-        scores = metrics(pages)
-        cells = ["{:.3f} ± {:.3f}".format(*scores[name]) for name in ("corpus words", DISTINCT)]
-        print(f"| {steps} | {temperature} | {revise} | {' | '.join(cells)} | "
-              f"{statistics.median(seconds):.1f} |", flush=True)
+        show(", ".join(map(str, settings.values())), metrics(pages),
+             f"{statistics.median(seconds):.1f}")
 
 
 if __name__ == "__main__":
