@@ -83,7 +83,7 @@ class SampleConfig:
 
 # flags that unmask takes, and their defaults
 SAMPLER = ("temperature", "remasking", "revise", "threshold", "block_length", "cfg_scale")
-PAGE = dict(steps=32, temperature=0.85, remasking="dilated", revise=0.3)
+PAGE = dict(steps=32, temperature=0.8, remasking="dilated", revise=0.3)
 INFILL = dict(temperature=0.0, remasking="low_confidence", revise=0.0)
 PUZZLE = dict(tries=64, threshold=0.999, sure=0.999)
 TWIN = dict(temperature=0.8)

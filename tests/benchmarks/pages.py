@@ -2,7 +2,7 @@
 Which settings of main.py write pages that read well, and how long does a page take?
 
     python tests/benchmarks/pages.py                               # the default page
-    python tests/benchmarks/pages.py 16,0.85,0.3 64,0.8,0.3        # steps,temperature,revise
+    python tests/benchmarks/pages.py 16,0.8,0.3 64,0.8,0.3         # steps,temperature,revise
     python tests/benchmarks/pages.py 256,1,0,random                # ... and the order
     python tests/benchmarks/pages.py --seed=2 --pages=64 --path=X
 
