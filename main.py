@@ -5,7 +5,7 @@ Writing: load a checkpoint, make a page of masks, unmask it, show it. diffusion.
     python main.py --prompt="ROMEO:" --num_samples=3 --animate         # watch it in the terminal
     python main.py --infill="To be, or ______: that is the ________:"  # holes anywhere; or a file
     python main.py --gen_length=1000 --html=run.html      # a long page, and a replay of the run
-    python main.py --steps=16                             # faster, and less readable
+    python main.py --steps=14                             # faster, and less readable
     python main.py --path=twin                            # what train.py --causal trained
     python main.py --score="To be, or not to be"          # how likely is this text?
 

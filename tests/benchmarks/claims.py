@@ -49,8 +49,8 @@ DIFFUSION = [  # arguments of unmask
     dict(remasking="random", temperature=0.7, steps=64),
     dict(remasking="dilated", temperature=1.0, steps=32, revise=0.3),
     dict(remasking="dilated", temperature=0.8, steps=16, revise=0.3),
+    dict(PAGE, steps=14),
     PAGE,
-    dict(PAGE, steps=32),
     dict(PAGE, steps=64),
 ]
 HOLES = [("random", share) for share in (0.10, 0.25, 0.50, 0.75)]

@@ -36,7 +36,7 @@ LABELS = {  # what the legend says of a row whose name begins like this, without
     "LLaDA's rule": ("LLaDA's rule: low confidence, 256 steps",) * 2,
     "random": ("random order", "random order with revision"),
     "low_confidence": ("low confidence", "low confidence with revision"),
-    "dilated": ("spread apart (dilated)", "dilated with revision (the default)"),
+    "dilated": ("spread apart (dilated)", "dilated with revision"),
     "the twin": ("autoregressive twin",) * 2,
     "twin": ("autoregressive twin",) * 2,
 }
@@ -194,13 +194,14 @@ def draw(rows, path, title):
     ax.margins(x=0.12, y=0.08)
     ax.grid(alpha=0.2)
     fig.legend(loc="outside lower center", ncols=2, frameon=False)
-    place_labels(fig, ax, [point for points in groups.values() for point in points], real)
+    place_labels(fig, ax, [(x, y, text, f"C{labels.index(label)}")
+                           for label, points in groups.items() for x, y, text, _ in points], real)
     fig.savefig(path, dpi=120)
 
 
 def place_labels(fig, ax, points, real):
-    """Write the text of each point where it covers no other text, point or line, as near as
-    possible, and join it to its point by a thin line."""
+    """Write the text of each point (x, y, text, colour) where it covers no other text, point or
+    line, as near as possible, and join it to its point by a thin line of the same colour."""
     from matplotlib.transforms import Bbox
     fig.canvas.draw()
     fig.set_layout_engine("none")  # what is measured now stays where it is
@@ -215,12 +216,12 @@ def place_labels(fig, ax, points, real):
     spots = [(distance * math.cos(angle), distance * math.sin(angle))
              for distance in (12, 18, 26, 40, 60, 90, 130)
              for angle in (k * math.pi / 8 for k in range(16))]
-    for x, y, text, _ in sorted(points):
+    for x, y, text, colour in sorted(points):
         for dx, dy in spots:
-            label = ax.annotate(text, (x, y), (dx, dy), textcoords="offset points", fontsize=9,
+            label = ax.annotate(text, (x, y), (dx, dy), textcoords="offset points", fontsize=9, color=colour,
                                 ha="left" if dx > 1 else "right" if dx < -1 else "center",
                                 va="center",
-                                arrowprops=dict(arrowstyle="-", lw=0.6, color="0.5", shrinkB=4))
+                                arrowprops=dict(arrowstyle="-", lw=0.6, color=colour, shrinkB=4))
             text_box = Bbox.from_extents(*text_extents(label))
             inside = ax.bbox.contains(*text_box.min) and ax.bbox.contains(*text_box.max)
             if inside and not any(text_box.overlaps(other) for other in taken):

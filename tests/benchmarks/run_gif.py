@@ -92,7 +92,7 @@ def main():
     palette.putpalette([value for color in (PAPER, DIM, MASK, FRESH, INK, *HUES)
                         for value in color])
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE)
-              for frame in frames_of(states, int(size), 1 + len(states) // 64)]
+              for frame in frames_of(states, int(size), 1 + len(states) // 48)]
     frames[0].save(target, save_all=True, append_images=frames[1:], loop=0, optimize=True,
                    duration=[FIRST, *[EACH] * (len(frames) - 2), LAST])
 

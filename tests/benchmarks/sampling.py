@@ -40,8 +40,8 @@ RULES = [  # arguments of unmask, and numbers of steps
     (dict(remasking="low_confidence", temperature=0.8), (14, 32, 64)),
     (dict(remasking="dilated", temperature=0.6), (14,)),
     (dict(remasking="random", temperature=0.65, revise=0.2), (14,)),
-    (PAGE, (10, 14, 20, 32, 64)),
-    (dict(remasking="dilated", temperature=0.8, revise=0.3), (16, 32, 64)),
+    (dict(remasking="dilated", temperature=0.65, revise=0.2), (10, 14, 20, 32, 64)),
+    (PAGE, (14, 16, 32, 64)),
     (dict(remasking="dilated", temperature=1.0, revise=0.3), (32,)),
 ]
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)  # of the twin

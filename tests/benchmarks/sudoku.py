@@ -52,7 +52,7 @@ RULES = [  # name, arguments of unmask, cells per step
     ("surest first", INFILL, 2),
     ("surest first", INFILL, 4),
     ("surest first", INFILL, 8),
-    ("surest first, half of the steps revise 30 %", dict(INFILL, revise=0.3), 0.5),
+    ("surest first, three quarters of the steps revise 30 %", dict(INFILL, revise=0.3), 0.5),
     ("surest first, guidance 0.5", dict(INFILL, cfg_scale=0.5), 1),
     ("random order", dict(remasking="random", temperature=0.0), 1),
     ("dilated, temperature 1, revise 30 %, 32 steps",
