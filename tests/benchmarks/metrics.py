@@ -218,9 +218,9 @@ def place_labels(fig, ax, points, real):
              for angle in (k * math.pi / 8 for k in range(16))]
     for x, y, text, colour in sorted(points):
         for dx, dy in spots:
-            label = ax.annotate(text, (x, y), (dx, dy), textcoords="offset points", fontsize=9, color=colour,
+            label = ax.annotate(text, (x, y), (dx, dy), textcoords="offset points", fontsize=9,
                                 ha="left" if dx > 1 else "right" if dx < -1 else "center",
-                                va="center",
+                                va="center", color=colour,
                                 arrowprops=dict(arrowstyle="-", lw=0.6, color=colour, shrinkB=4))
             text_box = Bbox.from_extents(*text_extents(label))
             inside = ax.bbox.contains(*text_box.min) and ax.bbox.contains(*text_box.max)
