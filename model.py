@@ -51,10 +51,9 @@ class GPTConfig:
 
 
 def rotary_angles(config):
-    """Return the cosines and sines of the rotation angles, each (block_size, 1, head_dim / 2)."""
+    """Return the cosines and sines of the rotation angles, each (block_size, 1, head_dim / 2), on
+    the CPU."""
     head_dim = config.n_embd // config.n_head
-    # load_checkpoint builds the model on the meta device, which holds no values; these are in no
-    # checkpoint, so they are made on the CPU in any case
     freqs = 10000.0 ** -(torch.arange(0, head_dim, 2, device="cpu") / head_dim)
     positions = torch.arange(config.block_size, device="cpu").float()
     angles = torch.outer(positions, freqs)[:, None]
@@ -64,7 +63,8 @@ def rotary_angles(config):
 def rotate(x, cos, sin):
     """Apply rotary positions (RoFormer, arXiv 2104.09864, eq. 34): turn each pair of features by an
     angle that grows with the position, so that the product of a query and a key depends on their
-    distance. x (B, T, heads, head_dim); cos and sin (T, 1, head_dim / 2)."""
+    distance. x (B, T, n_head, head_dim); cos and sin (T, 1, head_dim / 2)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
@@ -77,25 +77,23 @@ class SelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, cos, sin, cache=None, start=0):
+    def forward(self, x, cos, sin):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
-        qk, v = qkv.split([2 * self.n_head, self.n_head], dim=2)
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (z.view(B, T, self.n_head, -1) for z in (q, k, v))  # (B, T, n_head, head_dim)
         if self.qk_norm:  # attention can't saturate (arXiv 2010.04245, 2302.05442)
-            qk = F.rms_norm(qk, qk.shape[-1:])
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if cos is not None:
-            qk = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype))
-        q, k = qk.chunk(2, dim=2)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))     # each (B, n_head, T, head_dim)
-        if cache is not None:                                # (2, B, n_head, S, head_dim)
-            cache[..., start:start + T, :] = torch.stack([k, v])
-            k, v = cache[..., :start + T, :]
-        # is_causal=False is the one change that makes a GPT a mask predictor. (With the twin's
-        # cache, a single new position, T = 1, may see everything.)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def attend(self, q, k, v):
+        """Return softmax(q k^T / sqrt(head_dim)) v; all are (B, n_head, T, head_dim)."""
+        # is_causal=False is the one change that makes a GPT a mask predictor
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,
+                                              dropout_p=self.dropout if self.training else 0.0)
 
 
 class MLP(nn.Module):
@@ -118,8 +116,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None, start=0):
-        x = x + self.attn(self.ln_1(x), cos, sin, cache, start)
+    def forward(self, x, cos, sin):
+        x = x + self.attn(self.ln_1(x), cos, sin)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -145,31 +143,21 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def make_cache(self, B, S):
-        """Return room for the twin's keys and values, for B sequences of S positions:
-        (n_layer, 2, B, n_head, S, head_dim)."""
-        c = self.config
-        return self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head)
-
-    def forward(self, idx, cache=None, start=0):
+    def forward(self, idx):
         """Return the logits (B, T, vocab_size) for idx (B, T) long, which holds mask_id where a
         token is to be predicted. The last logit, [MASK]'s own, is never an answer: use
-        logits[..., :mask_id]. ValueError if the sequence is longer than block_size.
-
-        cache, for causal models only, comes from make_cache: idx then holds the positions from
-        start on, and the cache those before. Begin with the prompt (start=0), then pass one
-        position at a time."""
-        end = start + idx.shape[1]
-        if end > self.config.block_size:
-            raise ValueError(f"a sequence of {end} tokens is longer than the model's "
+        logits[..., :mask_id]. ValueError if the sequence is longer than block_size."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than the model's "
                              f"block_size={self.config.block_size}")
         x = self.wte(idx)                                    # (B, T, n_embd)
         cos = sin = None
         if self.wpe is None:
-            cos, sin = self.cos[start:end], self.sin[start:end]
+            cos, sin = self.cos[:T], self.sin[:T]
         else:
-            x = x + self.wpe.weight[start:end]
+            x = x + self.wpe.weight[:T]
         x = F.dropout(x, self.config.dropout, self.training)
-        for i, block in enumerate(self.h):
-            x = block(x, cos, sin, None if cache is None else cache[i], start)
+        for block in self.h:
+            x = block(x, cos, sin)
         return F.linear(self.ln_f(x), self.wte.weight)       # tied head: (B, T, vocab_size)

@@ -1,1 +1,20 @@
-"""What makes the scripts comfortable and robust. A first reading can skip this folder."""
+"""
+What makes the scripts comfortable and robust. A first reading can skip this folder.
+
+The scripts import it before PyTorch, for two defaults that must be set before that.
+"""
+
+import os
+import sys
+
+# PyTorch's threads wait for each other by spinning, some 100 milliseconds at each barrier, and take
+# the cores from other programs, and these from them. On two cores, a page takes 0.7 seconds beside
+# no other program, and beside six busy ones 77 with the default and 5 with a short spin
+# (tests/benchmarks/busy.py). What the user has set stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP, on Linux: turns
+    os.environ.setdefault("KMP_BLOCKTIME", "1")      # LLVM's, on macOS and Windows: milliseconds
+
+# no traceback after Ctrl-C while PyTorch is imported, which takes seconds
+show_error = sys.excepthook
+sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or show_error(kind, *error)

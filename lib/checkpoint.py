@@ -9,20 +9,20 @@ import io
 import os
 import warnings
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from lib.common import check, regular_file, write_atomically
+from lib.common import check, write_atomically
 from model import GPT, GPTConfig
 
 
 def resolve_path(name):
     """Return the file that a user means by X: X.pt, or X itself if it ends in .pt already."""
     path = Path(os.path.expanduser(name))
-    check(path.name not in ("", "..") and not str(name).endswith(("/", os.sep)),
-          f"{str(name)!r} is not the name of a checkpoint file")
+    wrong = path.name in ("", "..") or str(name).endswith(("/", os.sep, ".pt.state", ".pt.csv"))
+    check(not wrong, f"{str(name)!r} is not the name of a checkpoint, which ends in .pt")
     return path if path.suffix == ".pt" else path.with_name(path.name + ".pt")
 
 
@@ -35,18 +35,18 @@ def save_object(path, content):
 
 def load_object(path):
     """Return what torch.save wrote to path, on the CPU. Never runs code from the file. OSError if
-    it can't be opened, ValueError if it is damaged: every part must match its checksum."""
-    regular_file(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's, about foreign files
-        try:
-            with zipfile.ZipFile(path) as z:  # torch.save does not compress: no small file is huge
-                stored = all(part.compress_type == zipfile.ZIP_STORED for part in z.infolist())
-                check(stored and z.testzip() is None, "a checksum does not match")
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # the file may hold any bytes: torch.load fails in many ways
-            raise ValueError(f"{path} is not a checkpoint, or is damaged or cut short "
-                             f"({type(e).__name__})") from e
+    it can't be read, ValueError if it is damaged: every part must match its checksum."""
+    data = io.BytesIO(Path(path).read_bytes())
+    try:
+        with zipfile.ZipFile(data) as z:
+            check(z.testzip() is None, "a checksum does not match")
+        data.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, about foreign files
+            return torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as e:  # the file may hold any bytes: torch.load fails in many ways
+        raise ValueError(f"{path} is not a checkpoint, or is damaged or cut short "
+                         f"({type(e).__name__})") from e
 
 
 def save_checkpoint(path, model, vocab, **info):
@@ -66,24 +66,15 @@ def load_checkpoint(path, device="cpu"):
     if it can't be opened, ValueError unless it is a complete checkpoint with finite weights."""
     checkpoint = load_object(path)
     try:
-        # checkpoints older than qk_norm lack the key
-        values = {"qk_norm": False, **checkpoint["config"]}
-        for f in fields(GPTConfig):
-            types = (float, int) if f.type is float else (f.type,)
-            check(type(values.get(f.name, f.default)) in types,
-                  f"{f.name} is not of type {f.type.__name__}")
-        config = GPTConfig(**values)
-        vocab, weights, info = checkpoint["chars"], checkpoint["model"], dict(checkpoint["info"])
-        check(all(isinstance(token, str) and token for token in vocab)
-              and len(vocab) == len(set(vocab)) == config.mask_id,
+        config = GPTConfig(**{"qk_norm": False, **checkpoint["config"]})  # old ones lack the key
+        vocab, info = list(checkpoint["chars"]), dict(checkpoint["info"])
+        check(len(set(vocab)) == len(vocab) == config.mask_id and all(vocab),
               "its vocabulary does not fit its config")
-        check(config.n_layer <= len(weights), "it holds too few weights")
         with torch.device("meta"):  # takes no memory before the shapes are compared
             model = GPT(config)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(checkpoint["model"], assign=True)
+        check(all(p.isfinite().all() for p in model.parameters()), "its weights are not finite")
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint of this model: {reason}") from e
-    check(all(p.isfinite().all() for p in model.parameters()),
-          f"{path} holds weights that are not finite")
-    return model.float().to(device).eval(), list(vocab), info
+    return model.float().to(device).eval(), vocab, info

@@ -5,10 +5,10 @@ completely or not at all. It does not import PyTorch, so the prepare scripts sta
 
 import argparse
 import errno
+import math
 import os
 import re
 import secrets
-import shutil
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields
@@ -26,15 +26,16 @@ def check(condition, message):
 # -----------------------------------------------------------------------------
 # knobs: a dataclass per script, whose fields are its flags
 
-def knob(default, help, group=None):
-    """Declare a field of a dataclass that is also a flag. group begins a new group of --help. A
-    default of None is explained in help."""
-    return field(default=default, metadata={"help": help, "group": group})
+def knob(default, help, group=None, low=-math.inf, high=math.inf):
+    """Declare a field of a dataclass that is also a flag, with its range if it is a number. group
+    begins a new group of --help. A default of None is explained in help."""
+    return field(default=default, metadata=dict(help=help, group=group, low=low, high=high))
 
 
 def parse_knobs(cls, description, other_defaults=()):
     """Return the flags that were given on the command line, as {name: value}. The fields of the
-    dataclass cls are the flags: --key=value, --key value, and --key alone for a switch.
+    dataclass cls are the flags: --key=value, --key value, and --key alone for a switch. ValueError
+    for a number outside its range.
 
     other_defaults: pairs such as ("on CUDA", {"n_layer": 6}), which --help lists, too."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
@@ -43,15 +44,20 @@ def parse_knobs(cls, description, other_defaults=()):
     parser.error = fail  # one line, without the usage
     for f in fields(cls):
         if f.metadata["group"]:
-            group = parser.add_argument_group(*f.metadata["group"].split(": ", 1))
+            group = parser.add_argument_group(f.metadata["group"])
         defaults = [str(f.default)] if f.default not in (None, "") else []
         defaults += [f"{where} {of[f.name]}" for where, of in other_defaults if f.name in of]
         kind = dict(nargs="?", const=True, type=boolean) if f.type is bool else dict(type=f.type)
         group.add_argument(f"--{f.name}", metavar=f.type.__name__, **kind,
                            help=f"{f.metadata['help']} (default: {'; '.join(defaults) or 'none'})")
     given = vars(parser.parse_args())
-    for name, value in given.items():
-        check(value != [], f"--{name} needs a value, not --")  # argparse's answer to --seed=--
+    for f in fields(cls):
+        value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
+        check(value != [], f"--{f.name} needs a value, not --")  # argparse's answer to --seed=--
+        if type(value) in (int, float):
+            range_ = f"at least {low}" + f" and at most {high}" * (high < math.inf)
+            check(low <= value <= high and abs(value) < math.inf,
+                  f"--{f.name} must be {range_}, not {value}")
     return given
 
 
@@ -80,6 +86,12 @@ def open_streams(encoding=None):
         setattr(sys, name, stream)
 
 
+def printable(text):
+    """Return text with escapes in place of characters that a terminal would obey."""
+    return "".join(char if char.isprintable() or char in "\n\t"
+                   else char.encode("unicode_escape").decode() for char in text)
+
+
 def say(text, file=None):
     """Print a line above the progress bar. A stream that goes away does not end the run."""
     file = file or sys.stdout
@@ -94,84 +106,82 @@ def say(text, file=None):
 @contextmanager
 def one_line_errors(advice, rank=0):
     """Turn errors that a user can cause (bad input, files, too little memory) into one line on
-    stderr and exit status 2. Ctrl-C gives status 130 and no line. advice: how to need less memory.
-    Of several processes, which all meet the same error, only the first (rank 0) reports it."""
+    stderr and exit status 2, and Ctrl-C into status 130. advice: how to need less memory. Of
+    several processes, which all meet the same error, only the first (rank 0) reports it."""
     try:
         yield
-    except (OSError, ValueError) as e:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        line = explain(e, advice)
+        if line is None:
+            raise
         try:
             sys.stdout.flush()
         except OSError:  # stdout itself is what failed: what it still holds goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):  # its reader has left, as in: python main.py | head
             sys.exit(1)
-        fail(e) if rank == 0 else sys.exit(2)
-    except (MemoryError, OverflowError):
-        fail(f"out of memory: {advice}")
-    except RuntimeError as e:
-        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            fail(f"--compile does not work here ({reason}): leave it out")
-        if not re.search("out of memory|allocate memory", str(e)):  # of CUDA, of the CPU
-            raise
-        fail(f"out of memory: {advice}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        fail(line) if rank == 0 else sys.exit(2)
+
+
+def explain(error, advice):
+    """Return what to tell the user about an error, or None if it is one of ours."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if (type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+            or re.search("(torch.compile|Dynamo) is not supported", str(error))):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"--compile does not work here ({reason}): leave it out"
+    if (isinstance(error, (MemoryError, OverflowError))
+            or re.search("out of memory|allocate memory", str(error))):  # of CUDA, of the CPU
+        return f"out of memory: {advice}"
+    return error if isinstance(error, (OSError, ValueError, FloatingPointError)) else None
 
 
 # -----------------------------------------------------------------------------
 # files
 
 def write_atomically(path, data):
-    """Write bytes to a new temporary file beside path, flush it to disk, and rename it to path:
-    whenever the process dies, path holds either the old content or the new one. An existing file
-    keeps its mode. OSError if path can't be written or is no regular file."""
-    target = Path(os.path.realpath(path))
+    """Write bytes to a temporary file beside path, flush it to the disk, and rename it to path:
+    whenever the process dies, path holds either the old content or the new one. OSError if path
+    can't be written."""
+    target = Path(os.path.realpath(path))  # of a link, the file that it leads to
     tmp = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        if target.exists() and not target.is_file():
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        with open(tmp, "xb") as f:  # x: never an existing file, nor through a link
+        with open(tmp, "xb") as f:
             f.write(data)
             f.flush()
-            os.fsync(f.fileno())
-        if target.exists():
-            shutil.copymode(target, tmp)
+            try:
+                os.fsync(f.fileno())
+            except OSError as e:  # network drives and FUSE may not support it
+                if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                    raise
         os.replace(tmp, target)
     except OSError as e:
         raise OSError(f"{path} can't be written: {e.strerror}") from e
     finally:
-        with suppress(OSError):  # it is gone already, or can't be removed, and the error says why
+        with suppress(OSError):  # usually it is gone already
             os.unlink(tmp)
-
-
-def regular_file(path):
-    """Return path as a Path. OSError if it does not exist, or is a folder, a device or a pipe."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if not path.is_file():
-        raise OSError(f"{path} is a folder, a device or a pipe; a regular file is needed")
-    return path
 
 
 def read_text(path):
     """Return the text of a UTF-8 file; - is standard input. A byte order mark is dropped; \\r\\n
     and \\r, the line ends of Windows and of old files, become \\n. ValueError for other bytes."""
-    data = sys.stdin.buffer.read() if path == "-" else regular_file(path).read_bytes()
+    check(path != "-" or sys.stdin, "standard input is closed")
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    check(data.count(0) <= len(data) / 3, f"{path} looks like UTF-16: convert it to UTF-8 first")
     try:
         return unify_line_ends(data.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
-        byte = f"byte {e.object[e.start]:#04x} at offset {e.start}"
-        raise ValueError(f"{path} is not UTF-8 text: {byte}. Convert it first") from e
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): convert it first") from e
 
 
 def text_of(value):
     """Return the text that a flag's value means: standard input (-), a file (one of that name
-    exists, or the name ends like that of a file, in .txt for example), or the value itself."""
+    exists, or the value ends as names of text files do), or the value itself."""
     path = os.path.expanduser(value)
-    is_file = os.path.exists(path) and not os.path.isdir(path)
-    if value == "-" or is_file or re.fullmatch(r"\S+\.[A-Za-z]\w*", value):
+    if value == "-" or os.path.isfile(path) or re.search(r"\.(txt|md|csv|tsv|sdk|sdm)$", value):
         return read_text(path)
     return unify_line_ends(value)
 

@@ -1,18 +1,32 @@
 """
 Data sets: what the prepare scripts write and train.py reads. A data set is a folder with
-train.bin and val.bin (token ids, uint16) and meta.json (the vocabulary, and checksums).
+train.bin and val.bin (token ids, uint16) and meta.json (the vocabulary, and more).
 """
 
 import json
+import os
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lib.common import check, write_atomically
+from lib.common import check, printable, write_atomically
 from lib.tokenizer import decode, encode
 
 FILES = ("train.bin", "val.bin", "meta.json")
+
+
+@dataclass
+class Data:
+    train: np.ndarray    # (N,): token ids
+    val: np.ndarray
+    vocab: list          # vocab[i] is the token of id i
+    meta: dict           # what meta.json holds
+
+    def __post_init__(self):
+        self.record = self.meta.get("record", 1)  # tokens of a record: 91 for a Sudoku, 1 for text
+        self.characters_per_token = characters_per_token(self.train, self.vocab)
 
 
 def write_dataset(out_dir, train_ids, val_ids, vocab, **meta):
@@ -20,26 +34,22 @@ def write_dataset(out_dir, train_ids, val_ids, vocab, **meta):
     the token of id i). Further keyword arguments are stored in meta.json: record (the data consist
     of records of so many tokens) and training (train.py's defaults for this data)."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    parts = {"train.bin": train_ids.astype("<u2").tobytes(),
-             "val.bin": val_ids.astype("<u2").tobytes()}
-    for name, data in parts.items():
+    crc32 = {}  # tells data sets apart: a run can only be resumed on its own data
+    for name, ids in (("train.bin", train_ids), ("val.bin", val_ids)):
+        data = ids.astype("<u2").tobytes()
+        crc32[name] = zlib.crc32(data)
         write_atomically(out_dir / name, data)
-    # written last, meta.json says which two files belong to it
-    crc32 = {name: zlib.crc32(data) for name, data in parts.items()}
     meta = json.dumps({"chars": list(vocab), "crc32": crc32, **meta}, ensure_ascii=False)
     write_atomically(out_dir / "meta.json", meta.encode("utf-8"))
-    n_characters = sum(round(len(ids) * characters_per_token(ids, vocab))
-                       for ids in (train_ids, val_ids))
-    print(f"length of dataset in characters: {n_characters:,}")
-    chars = [token for token in vocab if len(token) == 1]
+    characters = sum(round(len(ids) * characters_per_token(ids, vocab))
+                     for ids in (train_ids, val_ids))
     pieces = [token for token in vocab if len(token) > 1]
-    print("all the unique characters:", "".join(chars[:200]) + " ..." * (len(chars) > 200))
+    print(f"length of dataset in characters: {characters:,}\nall the unique characters:",
+          printable("".join(token for token in vocab if len(token) == 1)[:200]))
     if pieces:
         print("the first word pieces:", *map(repr, pieces[:20]), "...")
-    print(f"vocab size: {len(vocab):,}")
-    print(f"train has {len(train_ids):,} tokens")
-    print(f"val has {len(val_ids):,} tokens")
-    print(f"wrote train.bin, val.bin and meta.json to {out_dir}")
+    print(f"vocab size: {len(vocab):,}\ntrain has {len(train_ids):,} tokens\n"
+          f"val has {len(val_ids):,} tokens\nwrote train.bin, val.bin and meta.json to {out_dir}")
 
 
 def characters_per_token(ids, vocab):
@@ -48,47 +58,56 @@ def characters_per_token(ids, vocab):
     return float(lengths[ids].mean(dtype=np.float64))
 
 
-def data_folder(dataset, data_dir):
-    """Return the folder that --dataset and --data_dir name."""
+def data_folder(dataset, data_dir=""):
+    """Return the folder that --dataset or --data_dir names. --dataset=mine is the folder mine or
+    data/mine that holds a data set, seen from here or else from the repository."""
     if data_dir:
-        return Path(data_dir).expanduser()
-    return Path(__file__).resolve().parents[1] / "data" / dataset
+        return Path(os.path.expanduser(data_dir))
+    dataset, here, root = os.path.expanduser(dataset), Path(), Path(__file__).resolve().parents[1]
+    places = [base / part / dataset for base in (here, root) for part in ("", "data")]
+    return next((place for place in places if (place / "meta.json").exists()), places[-1])
 
 
 def read_meta(folder):
-    """Return what meta.json in folder holds: "chars" (the vocabulary), "crc32" and, for some data,
-    "record" and "training"; {} if the file is missing or unreadable."""
+    """Return what meta.json in folder holds: "chars" (the vocabulary), "crc32" (checksums of the
+    .bin files) and, for some data, "record" and "training". ValueError unless it is complete."""
+    for name in FILES:
+        check((folder / name).is_file(), f"there is no {name} in {folder}; prepare.py writes it")
     try:
-        return dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+        meta = dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+        meta["chars"], meta["crc32"] = list(meta["chars"]), dict(meta["crc32"])
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{folder / 'meta.json'} is damaged: run prepare.py again") from e
+    return meta
 
 
 def load_data(folder, block_size, vocab=None, grow=False):
-    """Return (train, val, vocab): both splits as uint16 ids (N,), memory maps of the .bin files,
-    and the vocabulary. If vocab, a model's vocabulary, is given, the text is encoded in it; with
-    grow, new characters are added at its end. ValueError for data that can't be trained on."""
-    for name in FILES:
-        check((folder / name).is_file(), f"there is no {name} in {folder}; prepare.py writes it")
-    meta, bins = read_meta(folder), [folder / "train.bin", folder / "val.bin"]
-    own_vocab = meta.get("chars")
-    check(meta.get("crc32") == {path.name: zlib.crc32(path.read_bytes()) for path in bins}
-          and isinstance(own_vocab, list),
-          f"meta.json, train.bin and val.bin in {folder} do not belong together, or one is "
-          "damaged: run prepare.py again")
-    record = meta.get("record", 1)
-    check(block_size % record == 0, f"--block_size={block_size} is not a multiple of {record}, the "
-                                    f"length of the records in {folder}")
+    """Return the Data of a folder; train and val are memory maps of the .bin files. If vocab, a
+    model's vocabulary, is given, the text is encoded in it; with grow, new characters are added at
+    its end. ValueError for data that can't be trained on."""
+    meta = read_meta(folder)
+    own_vocab, record = meta["chars"], meta.get("record", 1)
+    check(block_size % record == 0,
+          f"--block_size must be a multiple of {record}, the length of a record, not {block_size}")
     vocab = vocab or own_vocab
     unknown = sorted(set("".join(own_vocab)) - set(vocab))
-    check(grow or not unknown, f"{folder} has characters that the model does not know: "
-                               f"{''.join(unknown[:20])!r}")
+    check(grow or not unknown,
+          f"{folder} has characters that the model does not know: {''.join(unknown[:20])!r}")
     vocab, splits = vocab + unknown, []
-    for path in bins:
-        ids = np.memmap(path, dtype="<u2", mode="r")
-        if own_vocab != vocab:
-            ids = encode(decode(ids, own_vocab), vocab)
-        check(len(ids) >= block_size,
-              f"{path} has {len(ids)} tokens, fewer than one --block_size={block_size}")
-        splits.append(ids)
-    return *splits, vocab
+    for path in (folder / "train.bin", folder / "val.bin"):
+        n, odd = divmod(path.stat().st_size, 2)
+        check(n >= block_size, f"{path} has only {n} tokens: give a smaller --block_size than "
+                               f"{block_size}, or a text of at least {10 * block_size:,} tokens")
+        try:
+            ids = np.memmap(path, dtype="<u2", mode="r", shape=(n,))
+        except OSError:  # network drives and FUSE may not support it
+            ids = np.fromfile(path, dtype="<u2", count=n)
+        check(not odd and ids.max() < len(own_vocab),
+              f"{path} does not belong to the meta.json beside it: run prepare.py again")
+        splits.append(ids if vocab == own_vocab else encode(decode(ids, own_vocab), vocab))
+    return Data(*splits, vocab, meta)
+
+
+def cut_windows(data, starts, length):
+    """Return the windows of data (N,) that begin at starts (B,): (B, length) int64."""
+    return np.asarray(data)[starts[:, None] + np.arange(length)].astype(np.int64)

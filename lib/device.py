@@ -23,51 +23,40 @@ class Processes:
 
 
 def read_processes():
-    """Return the Processes that torchrun's environment variables describe; without torchrun, one.
-    ValueError for variables that make no sense."""
+    """Return the Processes that torchrun's environment variables describe; without it, one."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    values = [os.environ.get(name) or default for name, default in zip(names, "0101")]
-    check(all(value.isdigit() for value in values) and int(values[0]) < int(values[1]),
-          f"RANK={values[0]} and WORLD_SIZE={values[1]} make no sense: leave them to torchrun, or "
-          "unset them")
-    return Processes(*map(int, values))
+    return Processes(*(int(os.environ.get(name) or n) for name, n in zip(names, "0101")))
 
 
 def connect(name, processes):
-    """Return the torch.device of this process and the reason for it. Several processes are
-    connected, and each takes a GPU of its own."""
+    """Return the torch.device of this process. Several processes are connected, and each takes a
+    GPU of its own."""
     if processes.world_size == 1:
         return pick_device(name)
-    check(name in ("auto", "cpu", "cuda"), f"--device={name} is one device for "
-          f"{processes.world_size} processes; use cpu or cuda")
+    check(name in ("auto", "cpu", "cuda"), "for several processes, --device is cpu or cuda")
     if name != "cpu" and torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        check(processes.local_world_size <= gpus,
-              f"{processes.local_world_size} processes for {gpus} GPUs: give torchrun "
-              f"--nproc_per_node={gpus}, or train.py --device=cpu")
+        check(processes.local_world_size <= torch.cuda.device_count(),
+              f"--nproc_per_node must be at most {torch.cuda.device_count()}, the number of GPUs")
         torch.cuda.set_device(processes.local_rank)  # before anything else touches a GPU
         name = f"cuda:{processes.local_rank}"
-    device, why = pick_device(name)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=timedelta(hours=2))  # the others wait for evaluations
-    return device, f"{why}; {processes.world_size} processes"
+    device, backend = pick_device(name), "nccl" if name.startswith("cuda:") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # evaluations take long
+    return device
 
 
 def pick_device(name="auto"):
-    """Return (torch.device, the reason) for auto, cpu, cuda, cuda:N or mps. ValueError if it does
-    not work."""
+    """Return the torch.device for auto, cpu, cuda, cuda:N or mps. ValueError if it does not
+    work."""
     check(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name),
           f"--device={name} is not one of auto, cpu, cuda, cuda:N, mps")
-    if name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu"), "found no CUDA device"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda" if name == "auto" else name)
-        torch.ones(1, device=device).sum().item()  # PyTorch may have no kernels for this GPU
+        torch.ones(1, device=name).sum().item()  # PyTorch may have no kernels for this GPU
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
-        check(name == "auto", f"--device={name} does not work here ({reason}); try --device=cpu")
-        return torch.device("cpu"), f"the GPU does not work: {reason}"
-    return device, torch.cuda.get_device_name(device) if device.type == "cuda" else "as asked"
+        raise ValueError(f"{name} does not work here ({reason}): try --device=cpu") from e
+    return torch.device(name)
 
 
 def has_bfloat16(device):
@@ -81,21 +70,18 @@ def has_bfloat16(device):
 
 
 def pick_dtype(name, device):
-    """Return (torch.dtype to compute in, the reason) for auto, float32, bfloat16 or float16."""
+    """Return the name of the dtype to compute in: float32, bfloat16 or float16. auto is bfloat16 if
+    the device has units for it, else float16 on a GPU and float32 elsewhere."""
     check(name in ("auto", "float32", "bfloat16", "float16"),
           f"--dtype={name} is not one of auto, float32, bfloat16, float16")
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if has_bfloat16(device):
-        return torch.bfloat16, "the device has units for it"
-    if device.type == "cuda":
-        return torch.float16, "the GPU has no units for bfloat16"
-    return torch.float32, "the device has no units for bfloat16"
+    without = "float16" if device.type == "cuda" else "float32"
+    return name if name != "auto" else "bfloat16" if has_bfloat16(device) else without
 
 
 def autocast(dtype, device):
-    """Return the context in which a model computes in dtype. Its weights stay float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    """Return the context in which a model computes in the dtype of that name. Its weights stay
+    float32."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def choose_attention(device):
@@ -119,7 +105,3 @@ def on_its_device(model):
     """Return a model that takes ids from, and returns logits to, any device."""
     device = model.wte.weight.device
     return lambda idx: model(idx.to(device)).to(idx.device)
-
-
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")

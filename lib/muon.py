@@ -1,5 +1,5 @@
 """
-Muon, the optimizer of the blocks' matrices (K. Jordan et al., 2024).
+The optimizers: AdamW, and Muon (K. Jordan et al., 2024) for the blocks' matrices.
 
 In the gradient of a matrix, a few directions with large singular values drown all others, which may
 matter as much. Muon averages the gradients (momentum) and brings all singular values of the average
@@ -12,6 +12,25 @@ from collections import defaultdict
 import torch
 
 from lib.device import has_bfloat16
+
+
+def make_optimizers(model, config):
+    """Return the optimizers: Muon for the blocks' matrices (unless config.muon is False), AdamW for
+    the rest. Each group of parameters keeps its peak learning rate as "peak_lr"."""
+    blocks = [p for p in model.h.parameters() if p.ndim == 2]
+    embeddings = [p for name, p in model.named_parameters() if p.ndim == 2 and name[:2] != "h."]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    decayed = embeddings if config.muon else embeddings + blocks
+    groups = [dict(params=decayed, weight_decay=config.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True,
+                                    betas=(config.beta1, config.beta2))]
+    if config.muon:
+        optimizers.append(Muon(blocks, lr=config.muon_lr, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
 
 
 class Muon(torch.optim.Optimizer):

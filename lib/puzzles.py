@@ -1,14 +1,13 @@
 """
-Reads puzzle files in common notations, for models that were trained on grids such as Sudokus.
+Puzzle files, for models that were trained on grids such as Sudokus.
 """
 
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from lib.common import check
-
-EMPTY = "0._*?xX-"
 
 
 @dataclass
@@ -23,70 +22,59 @@ class Puzzle:
         return "".join(lines) + "\n"
 
 
+def side_of(record):
+    """Return n if records of so many tokens are grids of n lines of n cells and an empty line, else
+    None."""
+    n = math.isqrt(record)
+    return n if n > 1 and record == n * (n + 1) + 1 else None
+
+
 def read_puzzles(text, n):
-    """Return the list of Puzzles, n x n cells each, that text holds: grids of n lines or one line
-    per puzzle, in any of these notations.
-
-    A cell is a digit, or empty: 0 . _ * ? x or -. Spaces, |, + and lines such as ---+---+--- only
-    separate. Of the fields of a CSV row, the first that is a puzzle counts. Headings, comments
-    after # and empty lines are skipped. ValueError if a puzzle does not have n * n cells, gives a
-    digit twice in a row, column or box, or leaves no cell empty."""
-    lines = [line.split("#")[0].strip() for line in text.split("\n")]
-    dash_is_cell = any("-" in line and re.search("[0-9]", line) and not re.search("[A-Za-z]", line)
-                       for line in lines)
-    puzzles, rows = [], []
-
-    def add(cells, one_line=False):
-        number = len(puzzles) + 1
-        check(len(cells) == n * n, f"{len(cells)} cells in puzzle {number}: {n * n} are needed")
-        check("_" in cells, f"puzzle {number} has no empty cell")
-        check_givens(cells, n, number)
-        puzzles.append(Puzzle(cells, one_line))
-        rows.clear()
-
-    for line in lines:
-        whole = [field for field in re.split("[,;\t]", line) if len(cells_of(field)) == n * n]
-        line = whole[0] if whole else line
-        cells, signs = cells_of(line), set(line) - set("| ")
-        is_heading = re.search("[A-WYZa-wyz]", line) and len(cells) < n
-        if rows and (is_heading or not line and len(rows) % math.isqrt(n)):
-            add("".join(rows))  # a puzzle ends here, complete or not
-        if is_heading or is_rule(signs, len(cells) == n and dash_is_cell):
-            continue
-        unknown = sorted(signs - set("123456789+,;\"'\t" + EMPTY))
-        check(not unknown, f"puzzle {len(puzzles) + 1} has characters that are not cells: "
-                           + " ".join(map(repr, unknown)))
-        if len(cells) > 2 * n:
-            add(cells, one_line=True)
-        else:
+    """Return the list of Puzzles that text holds: each is n lines of n cells, or a line of n * n
+    cells, or a row of a CSV file of which a field is such a line. Frames, bars, rules, empty lines,
+    headings and comments after # are skipped. ValueError if there is anything else, or if a puzzle
+    has a digit twice in a row, column or box, or no empty cell."""
+    puzzles, rows, form = [], [], (
+        f"no puzzle in the form that is read: {n} lines of {n} cells, or {n * n} cells in a line; "
+        "a cell is a digit, or . or 0 or _ where it is empty")
+    for line in unicodedata.normalize("NFKC", text).split("\n"):
+        line = re.sub("[|\u2500-\u257f]", "", line.split("#")[0])
+        fields = (field.strip(" \"'") for field in re.split("[,;\t]", line))
+        cells = cells_of(next((field for field in fields if len(field) == n * n), line), n)
+        heading = re.search(r"[^\W\d_]", line) and len(re.findall("[0-9._]", line)) < n and not rows
+        skipped = heading or re.fullmatch(r"[-+=*\s]*", line)
+        check(len(cells) == n or len(cells) == n * n and not rows or skipped, form)
+        if len(cells) == n * n:
+            puzzles.append(Puzzle(cells, one_line=True))
+        elif cells:
             rows.append(cells)
         if len(rows) == n:
-            add("".join(rows))
-    if rows:
-        add("".join(rows))
-    check(puzzles, "no puzzle found")
+            puzzles.append(Puzzle("".join(rows), one_line=False))
+            rows.clear()
+    check(puzzles and not rows, form)
+    for number, puzzle in enumerate(puzzles, 1):
+        check("_" in puzzle.cells, f"puzzle {number} has no empty cell")
+        twice = conflict(puzzle.cells, n)
+        check(not twice, f"puzzle {number} has no answer: {twice}")
     return puzzles
 
 
-def is_rule(signs, may_be_row):
-    """Whether a line of these signs only separates: it is empty or drawn with - + = *. A line of
-    dashes alone may be a row of empty cells; a line of stars alone always is one."""
-    return signs <= set("-+=*") and signs != {"*"} and not (signs == {"-"} and may_be_row)
+def cells_of(text, n):
+    """Return the cells of text, _ for the empty ones, or "" if it holds anything else. Spaces and
+    commas separate; but in a line of at most n digits and spaces, the spaces are empty cells."""
+    if re.fullmatch(f"[1-9 ]{{1,{n}}}", text) and text.strip():
+        return text.ljust(n).replace(" ", "_")
+    cells = re.sub(r"[\s,;\"']", "", text)
+    return re.sub("[^1-9]", "_", cells) if re.fullmatch("[0-9._*?\u00b7]+", cells) else ""
 
 
-def cells_of(text):
-    """Return the digits of text, and _ for each of its empty cells."""
-    return re.sub(f"[{re.escape(EMPTY)}]", "_", re.sub(r"[^1-9" + re.escape(EMPTY) + "]", "", text))
-
-
-def check_givens(cells, n, number):
-    """ValueError if a row, column or box of the puzzle holds a digit twice."""
-    box = math.isqrt(n)
-    units = {}
+def conflict(cells, n):
+    """Return which row, column or box of n * n cells holds a digit twice, in words, or None."""
+    box, seen = math.isqrt(n), set()
     for i, digit in enumerate(cells):
         row, column = divmod(i, n)
         for unit in (f"row {row + 1}", f"column {column + 1}",
                      f"the box of row {row // box * box + 1}, column {column // box * box + 1}"):
-            check(digit == "_" or (unit, digit) not in units,
-                  f"puzzle {number} has no answer: {unit} holds {digit} twice")
-            units[unit, digit] = True
+            if digit != "_" and (unit, digit) in seen:
+                return f"{unit} holds {digit} twice"
+            seen.add((unit, digit))

@@ -5,8 +5,6 @@ Which characters are missing from a text? If somebody took out the vowels, only 
 import torch
 import torch.nn.functional as F
 
-from diffusion import predict
-
 
 @torch.no_grad()
 def missing_rates(model, x, mask_id, block_size, smoothing=2):
@@ -18,8 +16,8 @@ def missing_rates(model, x, mask_id, block_size, smoothing=2):
     Expectation maximization (Dempster et al., 1977): count every token in what is left and, as the
     model and the rates so far expect it, in the holes; compute the rates from the counts; repeat.
     smoothing: so many more missing occurrences of each token are counted, at the average rate."""
-    p = torch.cat([predict(model, part[None], mask_id)[0][part == mask_id]
-                   for part in x.split(block_size)]).softmax(dim=-1)      # (holes, mask_id)
+    logits = torch.cat([model(part[None])[0, part == mask_id] for part in x.split(block_size)])
+    p = logits[:, :mask_id].double().softmax(dim=-1)                      # (holes, mask_id)
     left = x[x != mask_id].bincount(minlength=mask_id)                    # (mask_id,)
     share = len(p) / len(x)
     rates = torch.full_like(p[0], share)

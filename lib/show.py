@@ -6,55 +6,72 @@ import json
 import shutil
 import sys
 import time
+import unicodedata
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.common import write_atomically
+from lib.common import printable, write_atomically
+from lib.tokenizer import decode
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "replay.html"
 
 
-class Watcher:
-    """Follows the states of a page, (B, T) tensors: counts the forward passes, keeps the states for
-    the replay, and shows a progress bar or, with animate, the first row in the terminal. A context
-    manager; afterwards the terminal is as it was."""
+def watch(states, page, steps, vocab, mask_id, config):
+    """Go through the states (B, T) of a page while it is written, about steps forward passes, and
+    show a progress bar or, with config.animate, the first row in the terminal. Returns the states
+    for save_replay (without config.html, the last one alone) and a line that sums up the run."""
+    kept, passes, started = [page], 0, time.perf_counter()
+    animate = config.animate and sys.stdout.isatty()
+    bar = tqdm(total=steps, desc="unmasking", unit="step", leave=False, delay=0.1,
+               disable=animate or None)  # None: unless stderr is a terminal
 
-    def __init__(self, page, steps, vocab, mask_id, animate=False):
-        self.states, self.passes, self.steps = [page], 0, steps
-        self.vocab, self.mask_id = vocab, mask_id
-        self.animate = animate and sys.stdout.isatty()
-        self.bar = tqdm(total=steps, desc="unmasking", unit="step", leave=False, delay=0.1,
-                        disable=self.animate or None)  # None: unless stderr is a terminal
-
-    def __enter__(self):
-        if self.animate:  # the alternate screen, without a cursor and without wrapping
-            sys.stdout.write("\x1b[?1049h\x1b[?25l\x1b[?7l")
-            self.draw(self.states[0])
-        return self
-
-    def __exit__(self, error, *_):
-        self.bar.close()
-        if self.animate:
-            time.sleep(0 if error else 1.5)
-            sys.stdout.write("\x1b[?7h\x1b[?25h\x1b[?1049l")
-            sys.stdout.flush()
-
-    def see(self, page, keep_all=False):
-        before = self.states[-1]
-        if (page == self.mask_id).sum() < (before == self.mask_id).sum():  # else: masked again
-            self.passes += 1
-            self.bar.update()
-        self.states = [*self.states, page] if keep_all else [page]
-        if self.animate:
-            self.draw(before)
-
-    def draw(self, before):
-        footer = f"step {self.passes} of {max(self.steps, self.passes)}"
-        rows = self.states[-1][0].tolist(), before[0].tolist()
-        sys.stdout.write(frame(*rows, self.mask_id, self.vocab, footer, shutil.get_terminal_size()))
+    def draw(state):
+        footer, rows = f"step {passes} of {max(steps, passes)}", (state[0], kept[-1][0])
+        sys.stdout.write(frame(*(row.tolist() for row in rows), mask_id, vocab, footer,
+                               shutil.get_terminal_size()))
         sys.stdout.flush()
         time.sleep(0.05)
+
+    with bar, animation() if animate else nullcontext():
+        if animate:
+            draw(page)
+        for state in states:
+            if (state == mask_id).sum() < (kept[-1] == mask_id).sum():  # else: masked again
+                passes += 1
+                bar.update()
+            if animate:
+                draw(state)
+            kept = [*kept, state] if config.html else [state]
+    seconds = time.perf_counter() - started
+    return kept, f"[{passes} steps in {seconds:.1f} s; seed {config.seed}]"
+
+
+def shown(ids, vocab):
+    """Return the text of ids, with escapes for control characters if it goes to a terminal."""
+    text = decode(ids, vocab)
+    return printable(text) if sys.stdout.isatty() else text
+
+
+@contextmanager
+def animation():
+    """The terminal's alternate screen, without a cursor and without wrapping; afterwards the
+    terminal is as it was."""
+    sys.stdout.write("\x1b[?1049h\x1b[?25l\x1b[?7l")
+    try:
+        yield
+        time.sleep(1.5)
+    finally:
+        sys.stdout.write("\x1b[?7h\x1b[?25h\x1b[?1049l")
+        sys.stdout.flush()
+
+
+def columns_of(char):
+    """Return how many columns a terminal gives a character."""
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 def frame(row, before, mask_id, vocab, footer, size):
@@ -64,7 +81,8 @@ def frame(row, before, mask_id, vocab, footer, size):
     lines, column, first_mask = [""], 0, None
     for now, old in zip(row, before):
         for char in "░" if now == mask_id else vocab[now]:
-            if char == "\n" or column == size[0]:
+            width = columns_of(char)
+            if char == "\n" or column + width > size[0]:
                 lines.append("")
                 column = 0
             if now == mask_id and first_mask is None:
@@ -73,7 +91,7 @@ def frame(row, before, mask_id, vocab, footer, size):
                 char = char if char.isprintable() else "·"
                 style = "30;43" if now != old else "2" if now == mask_id else "0"
                 lines[-1] += f"\x1b[{style}m{char}\x1b[0m"
-                column += 1
+                column += width
     height = max(1, size[1] - 2)  # an empty line and the footer
     top = len(lines) if first_mask is None else first_mask - height // 2
     top = max(0, min(top, len(lines) - height))

@@ -19,7 +19,8 @@ from array import array
 from collections import Counter, defaultdict
 
 import numpy as np
-from tqdm import tqdm
+
+from lib.common import check
 
 MAX_TOKENS = 65_535  # tokens of a vocabulary: ids are uint16, and [MASK] needs one
 # No piece crosses the border of a word: a run of letters and digits, or of other signs, with the
@@ -30,9 +31,6 @@ MARKS = "\u200c\u200d" + "".join(
     char for char in map(chr, [*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0)])
     if unicodedata.category(char)[0] == "M")
 WORD = re.compile(rf" ?\w[\w{MARKS}]{{0,31}}| ?[^\w\s]{{1,32}}|\s")
-# Vocabularies of earlier versions, whose words ended before a mark, are encoded by their own words.
-OLD_WORD = re.compile(r" ?\w{1,32}| ?[^\w\s]{1,32}|\s")
-JOINED = re.compile(rf"\w[{MARKS}]|[{MARKS}]\w")
 
 
 def learn_pieces(text, vocab_size=None, alphabet=()):
@@ -40,15 +38,10 @@ def learn_pieces(text, vocab_size=None, alphabet=()):
     order in which they were learned, up to vocab_size (None: no pieces) or until no pair of
     neighbours occurs twice. Deterministic. ValueError if vocab_size does not fit the characters, or
     uint16 ids."""
-    vocab = sorted(set(text) | set(alphabet))
-    if len(vocab) > MAX_TOKENS:
-        raise ValueError(f"{len(vocab):,} different characters; at most {MAX_TOKENS:,} fit uint16 "
-                         "ids")
-    if vocab_size is None:
-        return vocab
-    if not len(vocab) <= vocab_size <= MAX_TOKENS:
-        raise ValueError(f"{len(vocab):,} different characters: give a --vocab_size from there to "
-                         f"{MAX_TOKENS:,}, not {vocab_size:,}")
+    vocab = dict.fromkeys(sorted(set(text) | set(alphabet)))  # a set that keeps its order
+    vocab_size = len(vocab) if vocab_size is None else vocab_size
+    check(len(vocab) <= vocab_size <= MAX_TOKENS, f"{len(vocab):,} different characters, so "
+          f"--vocab_size must be from there to {MAX_TOKENS:,}, not {vocab_size:,}")
     n_words = Counter(word[0] for word in WORD.finditer(text))
     parts_of = {word: list(word) for word in n_words}        # how each word is divided so far
     counts, words_with = Counter(), defaultdict(set)         # of each pair of neighbours
@@ -64,26 +57,21 @@ def learn_pieces(text, vocab_size=None, alphabet=()):
         count(word, 1)
     queue = [(-n, pair) for pair, n in counts.items()]       # the most frequent pair first
     heapq.heapify(queue)
-    known = set(vocab)
-    with tqdm(total=vocab_size - len(vocab), desc="pieces", leave=False, disable=None) as bar:
-        while queue and len(vocab) < vocab_size:
-            n, pair = heapq.heappop(queue)
-            if -n != counts[pair]:                           # out of date; the true count is queued
-                continue
-            if counts[pair] < 2:
-                break
-            piece, changed = "".join(pair), set()
-            for word in words_with.pop(pair):
-                changed.update(count(word, -1))
-                parts_of[word] = join(parts_of[word], pair)
-                changed.update(count(word, 1))
-            for other in changed - {pair}:
-                heapq.heappush(queue, (-counts[other], other))
-            if piece not in known:                           # two pairs may make the same piece
-                known.add(piece)
-                vocab.append(piece)
-                bar.update()
-    return vocab
+    while queue and len(vocab) < vocab_size:
+        n, pair = heapq.heappop(queue)
+        if -n != counts[pair]:                               # out of date; the true count is queued
+            continue
+        if counts[pair] < 2:
+            break
+        changed = set()
+        for word in words_with.pop(pair):
+            changed.update(count(word, -1))
+            parts_of[word] = join(parts_of[word], pair)
+            changed.update(count(word, 1))
+        for other in changed - {pair}:
+            heapq.heappush(queue, (-counts[other], other))
+        vocab["".join(pair)] = None                          # two pairs may make the same piece
+    return list(vocab)
 
 
 def join(parts, pair):
@@ -102,18 +90,16 @@ def encode(text, vocab, holes="", mask_id=None):
     string holes becomes mask_id; the text on either side of it is encoded by itself. ValueError for
     characters that vocab does not have."""
     id_of = {token: i for i, token in enumerate(vocab)} | dict.fromkeys(holes, mask_id)
-    unknown = sorted(set(text) - set(id_of))
-    if unknown:
-        raise ValueError("characters that the model does not know: "
-                         + " ".join(map(repr, unknown[:20])))
+    composed = unicodedata.normalize("NFC", text)  # an accent may be a character, or part of one
+    if not set(text) <= set(id_of) and set(composed) <= set(id_of):
+        text = composed
+    unknown = [f"{char!r} (U+{ord(char):04X})" for char in sorted(set(text) - set(id_of))]
+    check(not unknown, f"characters that the model does not know: {' '.join(unknown[:20])}")
     if all(len(token) == 1 for token in vocab):
         return np.fromiter(map(id_of.get, text), dtype=np.uint16)
     ids, known = array("H"), {}                              # known: the ids of each word so far
     runs = re.split(f"([{re.escape(holes)}])", text) if holes else [text]
-    pattern = WORD if any(map(JOINED.search, vocab)) else OLD_WORD
-    words = (match[0] for run in runs for match in pattern.finditer(run))
-    for word in tqdm(words, desc="encoding", unit="word", unit_scale=True, leave=False, delay=1,
-                     disable=None):
+    for word in (match[0] for run in runs for match in WORD.finditer(run)):
         if word not in known:
             known[word] = encode_word(word, id_of)
         ids.extend(known[word])

@@ -1,13 +1,20 @@
-"""Small models and small tools that several test files share."""
+"""What several test files share and import by name: small models, and what training runs leave
+behind. (conftest.py has the fixtures, and all that is asserted of them.)"""
 
+import csv
 import importlib.util
+import itertools
 import json
+import math
 import re
+import signal
 
+import numpy as np
 import torch
 
 import main as main_script
-from lib.checkpoint import save_checkpoint
+import train as train_script
+from lib.checkpoint import load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -107,3 +114,164 @@ def load_script(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# -----------------------------------------------------------------------------
+# training runs
+
+# twelve iterations with three evaluations
+RUN = ("--max_iters=12", "--eval_interval=4", "--eval_tokens=320", "--warmup_iters=5",
+       "--dropout=0.1", "--gradient_accumulation_steps=2", "--log_interval=3")
+PROGRESS = re.compile(r"iteration ([\d,]+) of ([\d,]+): loss (\d+\.\d\d), ([\d,]+) characters/s, "
+                      r"(\d+\.\d) minutes left")
+
+
+def assert_same_weights(a, b):
+    a, b = (load_checkpoint(path)[0].state_dict() for path in (a, b))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def curve(path):
+    """Return the rows of the loss curve of the checkpoint at path, without the time they took."""
+    with open(f"{path}.csv", newline="") as f:
+        return [{k: float(v) for k, v in row.items() if k != "minutes"}
+                for row in csv.DictReader(f)]
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def errors_of(result):
+    """Return the lines on stderr that are not progress."""
+    return [line for line in result.err.splitlines() if not PROGRESS.fullmatch(line)]
+
+
+def at_iteration(monkeypatch, iteration, do):
+    """Do something while a training iteration begins."""
+    real = train_script.set_learning_rates
+
+    def set_learning_rates(run, config):
+        if run.iteration == iteration:
+            do()
+        real(run, config)
+    monkeypatch.setattr(train_script, "set_learning_rates", set_learning_rates)
+
+
+def crash():
+    raise SystemExit(9)
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+# -----------------------------------------------------------------------------
+# the method: predictors and texts so small that everything can be enumerated
+
+ORDERS = ("random", "dilated", "low_confidence")
+
+
+class Lookup:
+    """A mask predictor that looks up random logits (T, V + 1) for each of its (V + 1)**T inputs.
+    [MASK]'s own logit is the largest."""
+
+    def __init__(self, T, V, seed=0):
+        self.logits = 1.5 * torch.randn((V + 1)**T, T, V + 1, generator=seeded(seed)).double()
+        self.logits[..., V] = 99.0
+        self.place_values = (V + 1) ** torch.arange(T).flip(0)
+
+    def __call__(self, x):
+        return self.logits[(x * self.place_values).sum(1)]
+
+
+def linear(T, V, seed=1):
+    """Return a mask predictor whose logits are sums of random weights, one for each token at each
+    place."""
+    weights = torch.randn(T, V + 1, T * (V + 1), generator=seeded(seed))
+    return lambda x: weights[torch.arange(T), x].sum(1).view(len(x), T, V + 1)
+
+
+def kinds_of_pages(T, V):
+    """Return pages (T,): one of masks (V), one with a prompt, one with holes, and one with a single
+    hole."""
+    empty, prompt = torch.full((T,), V), torch.full((T,), V)
+    holes, one = torch.arange(T) % V, torch.arange(T) % V
+    prompt[:T // 3], holes[::3], holes[4], one[T // 2] = 1, V, V, V
+    return empty, prompt, holes, one
+
+
+def constant(*logits):
+    """Return a predictor that says the same of every place of every input."""
+    return lambda x: torch.tensor(logits).expand(*x.shape, len(logits))
+
+
+def sure_by_place(*p):
+    """Return a predictor of three tokens: at place i the first has probability p[i], and the others
+    share the rest."""
+    p = torch.tensor(p).double()[:, None]
+    rest = (1 - p) / 2
+    logits = torch.cat([p, rest, rest, torch.ones_like(p)], dim=1).log()
+    return lambda x: logits.expand(len(x), *logits.shape)
+
+
+def counting(model):
+    """Return the same model, and the list of the inputs that it was called with."""
+    calls = []
+    return lambda x: calls.append(x) or model(x), calls
+
+
+def last(states):
+    *_, x = states
+    return x
+
+
+def places_written(states):
+    """Return the places that each state (of a single row) has and the one before it has not."""
+    return [(a != b)[0].nonzero().flatten().tolist() for a, b in itertools.pairwise(states)]
+
+
+def all_texts(T, V):
+    """Return all texts of T tokens, (V**T, T): 000, 001, 010, ..."""
+    return torch.tensor(list(itertools.product(range(V), repeat=T)))
+
+
+def count(x, V):
+    """Return how often each of all_texts occurs among the rows of x (B, T)."""
+    T = x.shape[1]
+    return torch.bincount((x * V ** torch.arange(T).flip(0)).sum(1), minlength=V**T)
+
+
+def assert_mean(values, exact):
+    """The mean of independent values is exact, within four standard errors and to 5 %."""
+    values = torch.as_tensor(values).double()
+    error = float(values.std()) / len(values)**0.5
+    assert abs(float(values.mean()) - exact) < 4 * error < 0.05 * exact
+
+
+def enumerate_nelbo(model, windows, mask_id, p_range=None):
+    """Return the NELBO per token of windows (W, L), exactly: all ways to mask, each with its
+    probability. With p_range = (eps, p_max): the expected training loss. It is an integral over t
+    of a polynomial, which Gauss-Legendre quadrature does exactly."""
+    W, L = windows.shape
+    total = 0.0
+    nodes, quadrature = np.polynomial.legendre.leggauss(L + 1)
+    for masked in itertools.product((False, True), repeat=L):
+        n = sum(masked)
+        if n == 0:
+            continue
+        mask = torch.tensor(masked)
+        logits = model(torch.where(mask, mask_id, windows))[..., :mask_id].double()
+        log_p = logits.log_softmax(-1).gather(-1, windows[..., None])[..., 0]
+        cross_entropy = -log_p[:, mask].sum().item() / W
+        if p_range is None:  # n is uniform on 1..L, then each choice of n places is equally likely
+            weight = 1 / (L * math.comb(L, n) * n)
+        else:
+            p = (p_range[1] - p_range[0]) * (nodes + 1) / 2 + p_range[0]
+            weight = float((quadrature / 2 * p ** (n - 1) * (1 - p) ** (L - n)).sum()) / L
+        total += weight * cross_entropy
+    return total

@@ -110,8 +110,6 @@ def damaged(path, marker):
         "a vocabulary with an empty token": saved(chars=["", *CHARS[1:]]),
         "an impossible config": saved(config={**checkpoint["config"], "n_head": 3}),
         "a config of words": saved(config={**checkpoint["config"], "n_layer": "two"}),
-        "a size that is no whole number": saved(
-            config={**checkpoint["config"], "block_size": 12.0}),
         "an unknown config": saved(config={**checkpoint["config"], "moe": 8}),
     }
 
@@ -120,8 +118,7 @@ def damaged(path, marker):
     "empty", "cut short", "text", "another object", "code", "a bare pickle with code",
     "other shapes", "a missing weight", "not a tensor", "not finite",
     "a vocabulary of another size", "a vocabulary with an empty token",
-    "an impossible config", "a config of words", "a size that is no whole number",
-    "an unknown config"])
+    "an impossible config", "a config of words", "an unknown config"])
 def test_a_bad_checkpoint_is_one_clear_error_and_runs_no_code(kind, tmp_path, sample):
     path, marker = tmp_path / "m.pt", tmp_path / "marker"
     damaged(path, marker)[kind]()
@@ -136,8 +133,9 @@ def test_a_bad_checkpoint_is_one_clear_error_and_runs_no_code(kind, tmp_path, sa
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.pt"):
         load_checkpoint(tmp_path / "gone.pt")
-    with pytest.raises(OSError, match="folder"):
+    with pytest.raises(OSError) as e:
         load_checkpoint(tmp_path)
+    assert Path(e.value.filename) == tmp_path
 
 
 def test_one_flipped_bit_is_noticed(tmp_path):
@@ -157,17 +155,6 @@ def test_one_flipped_bit_is_noticed(tmp_path):
         with pytest.raises(ValueError, match="m.pt"):
             load_checkpoint(path)
         path.write_bytes(good)
-
-
-def test_a_compressed_file_which_could_be_huge_is_refused(tmp_path):
-    save_object(tmp_path / "x.pt", [1])
-    with zipfile.ZipFile(tmp_path / "x.pt") as stored, \
-            zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as deflated:
-        for part in stored.namelist():
-            deflated.writestr(part, stored.read(part))
-    assert load_object(tmp_path / "x.pt") == [1]
-    with pytest.raises(ValueError, match="y.pt is not a checkpoint"):
-        load_object(tmp_path / "y.pt")
 
 
 # -----------------------------------------------------------------------------
@@ -212,23 +199,18 @@ def test_in_a_folder_without_access_the_error_names_the_users_file(tmp_path, mon
     assert str(e.value) == f"{tmp_path}/m.pt can't be written: Permission denied"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
-def test_a_save_touches_no_other_file_and_keeps_the_mode(tmp_path):
+def test_a_save_touches_no_other_file_and_replaces_no_folder(tmp_path):
     path, others = tmp_path / "m.pt", ("m.pt.tmp", "m.pt.probe", "thesis.txt")
     for name in others:
         (tmp_path / name).write_text("mine")
     path.write_bytes(b"old")
-    path.chmod(0o600)
     write_atomically(path, b"new")
-    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder can't be written"):
+        write_atomically(tmp_path / "folder", b"new")
+    assert path.read_bytes() == b"new"
     assert all((tmp_path / name).read_text() == "mine" for name in others)
-    os.mkfifo(tmp_path / "pipe")
-    for bad in ("pipe", "folder"):
-        (tmp_path / "folder").mkdir(exist_ok=True)
-        with pytest.raises(OSError, match="regular file"):
-            write_atomically(tmp_path / bad, b"new")
-    with pytest.raises(OSError, match="pipe"):
-        load_checkpoint(tmp_path / "pipe")  # and does not wait for somebody to write into it
+    assert sorted(os.listdir(tmp_path)) == sorted(["m.pt", "folder", *others])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX files")
@@ -272,7 +254,8 @@ def test_pt_is_added_unless_the_name_ends_in_it(name, file):
     assert resolve_path(name) == resolve_path(Path(name)) == Path(file)
 
 
-@pytest.mark.parametrize("name", ["", "/", "models/", "./", ".", "..", "a/.."])
-def test_a_name_that_is_a_folders_is_refused(name):
-    with pytest.raises(ValueError, match="not the name of a checkpoint file"):
+@pytest.mark.parametrize("name", ["", "/", "models/", "./", ".", "..", "a/..", "x.pt.state",
+                                  "x.pt.csv"])
+def test_a_name_that_is_a_folder_s_or_another_file_s_is_refused(name):
+    with pytest.raises(ValueError, match="is not the name of a checkpoint, which ends in .pt"):
         resolve_path(name)

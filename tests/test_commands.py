@@ -34,7 +34,7 @@ def test_the_three_commands(clone, run, device):
                   f"--device={device}", cwd=clone)
     assert trained.returncode == 0, trained.stderr
     for words in (f"device: {device}", "dtype: ", " parameters\n", "iteration 20: val NELBO",
-                  "nats per character\n"):
+                  "nats per character\n", "sample: "):
         assert words in trained.stdout
     assert sorted(p.name for p in clone.glob("X*")) == ["X.pt", "X.pt.csv"]
     for path, where in (("X", device), ("X.pt", "cpu")):  # a CUDA checkpoint loads on CPU

@@ -22,11 +22,7 @@ def gpus(monkeypatch):
         done.append(("computes on", str(device)))
         return real_ones(*size)
 
-    def name(device):
-        done.append(("asks for the name of", str(device)))
-        return "H100"
     monkeypatch.setattr(torch, "ones", ones)
-    monkeypatch.setattr(torch.cuda, "get_device_name", name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda i: done.append(("takes", f"cuda:{i}")))
@@ -50,38 +46,32 @@ def network(monkeypatch):
 # -----------------------------------------------------------------------------
 # the device
 
-def test_auto_is_the_gpu_if_there_is_one_that_works(gpus, monkeypatch):
-    assert pick_device("auto") == (torch.device("cuda"), "H100")
+def test_auto_is_the_gpu_if_there_is_one(gpus, monkeypatch):
+    assert pick_device("auto") == pick_device() == torch.device("cuda")
     assert gpus[0] == ("computes on", "cuda")  # it is tried out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == (CPU, "found no CUDA device")
-    assert pick_device() == pick_device("auto")
+    assert pick_device("auto") == pick_device() == CPU
 
 
-def test_a_gpu_without_kernels_leaves_auto_on_the_cpu_and_is_an_error_if_asked_for(
-        gpus, monkeypatch):
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_without_kernels_is_an_error_that_says_what_to_do(gpus, monkeypatch, name):
     def no_kernel(*size, device):
         raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_...")
     monkeypatch.setattr(torch, "ones", no_kernel)
-    device, why = pick_device("auto")
-    assert device == CPU
-    assert why == "the GPU does not work: CUDA error: no kernel image is available"
-    with pytest.raises(ValueError, match="--device=cuda does not work here .*; try --device=cpu"):
-        pick_device("cuda")
+    with pytest.raises(ValueError, match=r"^cuda does not work here \(CUDA error: no kernel image "
+                                         r"is available\): try --device=cpu$"):
+        pick_device(name)
 
 
-def test_the_device_that_is_asked_for_is_taken(gpus):
-    assert pick_device("cuda:1") == (torch.device("cuda:1"), "H100")
-    assert ("computes on", "cuda:1") in gpus
-
-
-def test_the_cpu_can_be_asked_for():
-    assert pick_device("cpu") == (CPU, "as asked")
+@pytest.mark.parametrize("name", ["cpu", "cuda:1"])
+def test_the_device_that_is_asked_for_is_taken(gpus, name):
+    assert pick_device(name) == torch.device(name)
+    assert gpus == [("computes on", name)]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpu:1", "cuda:x", "cuda:99", "cuda:", "", "CPU", "cpu\n"])
 def test_a_device_that_is_not_there_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"--device={name}"):
+    with pytest.raises(ValueError, match=f"{name} (is not one of|does not work here)"):
         pick_device(name)
 
 
@@ -89,33 +79,32 @@ def test_a_device_that_is_not_there_is_refused_by_name(name):
 # the dtype
 
 @pytest.mark.parametrize("avx512, amx, dtype", [
-    (False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16),
-    (True, True, torch.bfloat16)])
+    (False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16"),
+    (True, True, "bfloat16")])
 def test_a_cpu_computes_in_bfloat16_if_it_has_units_for_it(avx512, amx, dtype, monkeypatch):
     """It is asked, not timed, so the same machine always decides the same."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    picked, why = pick_dtype("auto", CPU)
-    assert picked == dtype and ("has no units" in why) == (dtype == torch.float32)
+    assert pick_dtype("auto", CPU) == dtype
 
 
-@pytest.mark.parametrize("supported, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+@pytest.mark.parametrize("supported, dtype", [(True, "bfloat16"), (False, "float16")])
 def test_a_gpu_computes_in_bfloat16_if_it_can(supported, dtype, gpus, monkeypatch):
     def is_bf16_supported(including_emulation):
         return supported and not including_emulation
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    assert pick_dtype("auto", torch.device("cuda:1"))[0] == dtype
+    assert pick_dtype("auto", torch.device("cuda:1")) == dtype
     assert gpus == [("enters", "cuda:1")]  # it is this GPU that is asked
 
 
 def test_mps_computes_in_float32():
-    assert pick_dtype("auto", torch.device("mps"))[0] == torch.float32
+    assert pick_dtype("auto", torch.device("mps")) == "float32"
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_the_dtype_that_is_asked_for_is_taken(name, device):
-    assert pick_dtype(name, torch.device(device)) == (getattr(torch, name), "as asked")
+    assert pick_dtype(name, torch.device(device)) == name
 
 
 @pytest.mark.parametrize("name", ["int8", "float64", "bf16", ""])
@@ -124,11 +113,11 @@ def test_another_dtype_is_refused_by_name(name):
         pick_dtype(name, CPU)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_computes_in_the_dtype_and_its_weights_stay_float32(dtype):
     linear = torch.nn.Linear(2, 2)
     with autocast(dtype, CPU):
-        assert linear(torch.ones(1, 2)).dtype == dtype
+        assert linear(torch.ones(1, 2)).dtype == getattr(torch, dtype)
     assert linear.weight.dtype == torch.float32
 
 
@@ -153,14 +142,6 @@ def test_torchrun_says_which_process_this_is(monkeypatch):
     assert read_processes() == Processes(rank=9, world_size=16, local_rank=1, local_world_size=8)
 
 
-@pytest.mark.parametrize("values", [
-    ("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0"), ("0", "2", "one"), ("0", "2", "0", "1.5")])
-def test_variables_that_make_no_sense_are_refused(values, monkeypatch):
-    set_variables(monkeypatch, *values)
-    with pytest.raises(ValueError, match=f"RANK={values[0]} and WORLD_SIZE={values[1]}"):
-        read_processes()
-
-
 def test_one_process_is_not_connected(network):
     assert connect("cpu", Processes()) == pick_device("cpu") and network == []
 
@@ -170,29 +151,26 @@ def test_one_process_is_not_connected(network):
 def test_each_process_takes_its_own_gpu_before_it_touches_any(name, rank, local_rank, gpus,
                                                               network):
     """Otherwise the second process would hold memory of the first GPU, too."""
-    device, why = connect(name, Processes(rank, 4, local_rank, 2))
-    own = f"cuda:{local_rank}"
-    assert str(device) == own and why == "H100; 4 processes" and network == ["nccl"]
+    device, own = connect(name, Processes(rank, 4, local_rank, 2)), f"cuda:{local_rank}"
+    assert str(device) == own and network == ["nccl"]
     assert gpus[0] == ("takes", own) and {where for _, where in gpus} == {own}
 
 
 @pytest.mark.parametrize("name, available", [("cpu", True), ("cpu", False), ("auto", False)])
 def test_without_a_gpu_processes_share_the_cpu(name, available, gpus, network, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    device, why = connect(name, Processes(1, 3, 1, 3))
-    assert device == CPU and "3 processes" in why and network == ["gloo"]
+    assert connect(name, Processes(1, 3, 1, 3)) == CPU and network == ["gloo"]
     assert not any(where.startswith("cuda") for _, where in gpus)
 
 
 def test_more_processes_than_gpus_are_refused(gpus, network):
-    with pytest.raises(ValueError, match="3 processes for 2 GPUs: give torchrun "
-                                         "--nproc_per_node=2"):
+    with pytest.raises(ValueError, match="--nproc_per_node must be at most 2"):
         connect("auto", Processes(0, 3, 0, 3))
     assert gpus == network == []
 
 
 @pytest.mark.parametrize("name", ["cuda:0", "mps", "gpu"])
 def test_several_processes_do_not_go_on_one_device(name, gpus, network):
-    with pytest.raises(ValueError, match=f"--device={name} is one device for 2 processes"):
+    with pytest.raises(ValueError, match="for several processes, --device is cpu or cuda"):
         connect(name, Processes(0, 2, 0, 2))
     assert gpus == network == []

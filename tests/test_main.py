@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_stdout_is_the_text_and_nothing_else(sample, checkpoint):
     for page in (first, second):
         assert re.fullmatch("hello [a-z ]{18}\n", page)
     assert first != second
-    assert "14 steps, 36 characters" in result.err and "characters/s; seed 1337]" in result.err
+    assert re.search(r"\n\[14 steps in \d+\.\d s; seed 1337\]\n$", result.err)
 
 
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(sample, checkpoint):
@@ -86,7 +87,6 @@ def test_a_page_without_a_prompt_begins_at_a_line_s_start(sample, with_line_ends
     assert all((idx[:, 0] == line_end).all() for idx in seen)
     pages, _, run = replay((tmp_path / "run.html").read_text(encoding="utf-8"))
     assert run["start"] == [[None] * 15] and result.out == pages[0] + "\n"
-    assert "15 characters" in result.err
     assert sample(*flags, "--prompt=\n").out == "\n" + result.out  # a given one is shown
     assert len(sample(*flags, "--gen_length=7").out) == 8
 
@@ -108,25 +108,26 @@ def test_flags_do_what_they_say(sample, checkpoint):
                     "--remasking=low_confidence", "--cfg_scale=0.5", "--temperature=0",
                     "--prompt=a", "--revise=0", "--dtype=float32")
     assert result.code == 0 and len(result.out) == 14
-    assert "3 steps, 12 characters" in result.err
-    few = (f"--path={checkpoint}", "--gen_length=2", "--steps=9")
-    assert sample(*few).err.startswith("[9 steps, 2 characters")
-    assert sample(*few, "--revise=0").err.startswith("[2 steps")
+    assert result.err.startswith("[3 steps in ")
+    few = (f"--path={checkpoint}", "--gen_length=2", "--steps=8")
+    # a draft of 2 steps, and 6 of revision; without revision, one for each character
+    assert sample(*few).err.startswith("[8 steps in ")
+    assert sample(*few, "--revise=0").err.startswith("[2 steps in ")
     # every prediction is more probable than 0 and less than 1
     sure = (f"--path={checkpoint}", "--steps=9", "--revise=0")
-    assert sample(*sure, "--threshold=0").err.startswith("[1 steps, 24 characters")
-    assert sample(*sure, "--threshold=1").err.startswith("[9 steps, 24 characters")
+    assert sample(*sure, "--threshold=0").err.startswith("[1 steps in ")
+    assert sample(*sure, "--threshold=1").err.startswith("[9 steps in ")
 
 
 def test_longer_than_the_block(sample, checkpoint):
-    result = sample(f"--path={checkpoint}", "--gen_length=100", "--prompt=hello ", "--steps=50")
+    """--steps counts the forward passes of each window."""
+    result = sample(f"--path={checkpoint}", "--gen_length=100", "--prompt=hello ", "--steps=12")
     assert result.code == 0 and len(result.out) == 107 and result.out.startswith("hello "), result
-    assert "50 steps, 100 characters" in result.err
-    # by default, as many steps as characters, but not more than a page has; the first window is of
-    # 24 characters, and 18 are of 12
-    default, most = sample(f"--path={checkpoint}", "--gen_length=240"), main_script.PAGE["steps"]
-    steps = min(24, most) + 18 * min(12, most)
-    assert default.err.startswith(f"[{steps} steps, 240 characters"), default.err
+    # after 18 characters, 6 windows of 12 and one of 10
+    assert result.err.startswith(f"[{8 * 12} steps in "), result.err
+    # the first window is of 24 characters, and 18 are of 12
+    default, steps = sample(f"--path={checkpoint}", "--gen_length=240"), main_script.PAGE["steps"]
+    assert default.err.startswith(f"[{19 * steps} steps in ") and len(default.out) == 241, default
     prompt = "the quick brown fox jumps over the lazy dog"  # longer than the block
     assert sample(f"--path={checkpoint}", f"--prompt={prompt}").out.startswith(prompt)
 
@@ -174,7 +175,6 @@ def test_any_text_of_known_characters_comes_back_with_its_holes_filled(sample, t
         assert result.code == 0, (text, result)
         assert len(result.out) == len(text) + 1 and "_" not in result.out
         assert all(given in ("_", char) for given, char in zip(text, result.out)), text
-        assert f", {text.count('_')} characters" in result.err
 
 
 def test_infill_notices_which_characters_are_missing(sample, monkeypatch):
@@ -198,7 +198,7 @@ def test_only_the_holes_of_a_text_are_weighted(sample, monkeypatch, with_line_en
     assert sample(f"--path={with_line_ends}", "--prompt=a").code == 0 and not calls
     assert sample(f"--path={with_line_ends}", "--infill=a_b").code == 0 and len(calls) == 1
     puzzle = save_gpt(tmp_path / "puzzle.pt", "\n1234", 21, record=21)
-    assert sample(f"--path={puzzle}", "--infill=1" + "_" * 15).code == 0 and len(calls) == 1
+    assert sample(f"--path={puzzle}", "--infill=1" + "_" * 15).code in (0, 3) and len(calls) == 1
 
 
 def test_another_character_for_the_holes(sample, checkpoint):
@@ -207,18 +207,9 @@ def test_another_character_for_the_holes(sample, checkpoint):
     # a character that has an id
     known = sample(f"--path={checkpoint}", "--infill=banana", "--mask_char=n", "--num_samples=5",
                    "--temperature=1")
-    assert known.code == 0 and "10 characters" in known.err
-    assert all(re.fullmatch("ba.a.a\n", page) for page in known.out.split("\f"))
-
-
-def test_several_likeliest_texts_are_said_to_be_equal(sample, checkpoint):
-    flags = (f"--path={checkpoint}", "--infill=a__b_")
-    several = sample(*flags, "--num_samples=3")
-    assert len(set(several.out.split("\f"))) == 1 and "3 texts will be equal" in several.err
-    for more in (["--num_samples=1"], ["--num_samples=3", "--temperature=1"]):
-        result = sample(*flags, *more)
-        assert result.code == 0 and "equal" not in result.err
-    assert "equal" not in sample(f"--path={checkpoint}", "--num_samples=3").err
+    pages = known.out.split("\f")
+    assert known.code == 0 and all(re.fullmatch("ba.a.a\n", page) for page in pages)
+    assert len(set(pages)) > 1
 
 
 # -----------------------------------------------------------------------------
@@ -281,6 +272,15 @@ def test_the_shipped_model_writes_shakespeare_from_any_folder(run, tmp_path):
     assert len(set(common) & set(result.stdout.lower().split())) >= 5
 
 
+def test_the_lines_of_python_in_the_docstring_write_a_page(monkeypatch, capsys):
+    """As they stand, from the repository's root."""
+    code = textwrap.dedent(main_script.__doc__.split("The same in Python:\n\n")[1])
+    assert len(code.strip().splitlines()) == 8
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    assert len(capsys.readouterr().out) == 256 + 1
+
+
 # -----------------------------------------------------------------------------
 # bad input, and help
 
@@ -298,7 +298,7 @@ def test_a_backslash_n_is_explained(sample):
     (["--infill=no holes"], ["--infill", "no holes"]),
     (["--infill="], ["--infill"]),
     (["--infill=/nowhere/text"], ["--infill", "/nowhere/text"]),
-    (["--infill=my_damaged_play.txt"], ["no file my_damaged_play.txt"]),
+    (["--infill=my_damaged_play.txt"], ["my_damaged_play.txt: No such file"]),
     (["--seed=--"], ["--seed", "value"]),
     (["--gen_length=--"], ["--gen_length", "value"]),
     (["--infill=h\N{SNOWMAN}l_o"], ["--infill", "does not know", "\N{SNOWMAN}"]),
@@ -318,7 +318,7 @@ def test_a_backslash_n_is_explained(sample):
     ([f"--html={ROOT / 'LICENSE'}"], ["LICENSE", ".html"]),
     ([f"--infill={ROOT / 'LICENSE'}", "--mask_char=#"], ["LICENSE", "no holes", "#"]),
     (["--infill=a", "--mask_char=\n"], ["no holes"]),
-    (["--gen_length=1" + "0" * 20], ["10,000,000", "--gen_length"]),
+    (["--gen_length=1" + "0" * 20], ["--gen_length", "at most 1000000"]),
     (["--block_length=-1"], ["block_length"]),
     (["--dtype=int4"], ["--dtype=int4"]),
     (["--steps=0"], ["steps"]),

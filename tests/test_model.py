@@ -1,4 +1,4 @@
-"""The network: what it sees, how it begins, where it drops out, and the twin's cache."""
+"""The network: what it sees, how it begins, and where it drops out."""
 
 import math
 
@@ -107,9 +107,6 @@ def test_what_does_not_fit_is_a_value_error():
             tiny(**bad)
 
 
-# -----------------------------------------------------------------------------
-# the twin
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_causal_model_does_not_see_what_follows(causal):
     model = opinionated(causal=causal)
@@ -118,20 +115,3 @@ def test_a_causal_model_does_not_see_what_follows(causal):
     other[:, 6:] = (other[:, 6:] + 1) % 7
     same = torch.isclose(model(x), model(other), atol=1e-5).all(-1)
     assert bool(same[:, :6].all()) == causal and not same[:, 6:].any()
-
-
-@pytest.mark.parametrize("rope", [True, False])
-@pytest.mark.parametrize("pieces", [(12,), (5,) + (1,) * 7, (1,) * 12])
-def test_the_cache_changes_nothing(pieces, rope):
-    model, x = opinionated(causal=True, rope=rope), torch.randint(7, (3, 12))
-    cache, start, logits = model.make_cache(3, 12), 0, []
-    for length in pieces:
-        logits.append(model(x[:, start:start + length], cache, start))
-        start += length
-    torch.testing.assert_close(torch.cat(logits, dim=1), model(x))
-
-
-def test_a_cache_does_not_reach_beyond_the_block():
-    model = opinionated(causal=True)
-    with pytest.raises(ValueError, match="longer than the model's block_size"):
-        model(torch.zeros(3, 1, dtype=torch.long), model.make_cache(3, 12), 12)

@@ -99,7 +99,8 @@ def run_in_order(commands, clone):
             words.remove("--block_size=32")  # it has records of its own length
         done = subprocess.run([sys.executable, *words[1:]], cwd=clone, capture_output=True,
                               text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-        assert done.returncode == 0, command + done.stderr
+        wrong = done.returncode == 3 and "puzzle.txt" in command  # the toy solves no puzzle
+        assert done.returncode == 0 or wrong, command + done.stderr
         assert "Traceback" not in done.stderr
 
 

@@ -10,7 +10,7 @@ import prepare
 import pytest
 import torch
 from conftest import ROOT, TINY, assert_one_line_error
-from runs import (
+from helpers import (
     RUN,
     assert_same_weights,
     at_iteration,
@@ -18,23 +18,26 @@ from runs import (
     crash,
     ctrl_c,
     curve,
-    errors_of,
     names,
 )
 
+import lib.evaluate
 import train as train_script
 from lib.checkpoint import load_checkpoint
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("how, iteration, do, resumed_at", [
-    ("ctrl-c", 6, ctrl_c, 7),
-    ("ctrl-c before the first evaluation", 1, ctrl_c, 2),
-    ("crash", 7, crash, 4),
-    ("crash before the first evaluation", 2, crash, 0),
+@pytest.mark.parametrize("how, iteration, do, resumed_at, model", [
+    ("ctrl-c", 6, ctrl_c, 7, 4),  # the best model so far is that of iteration 4
+    ("ctrl-c before the first evaluation", 1, ctrl_c, 2, 2),
+    ("ctrl-c when the first evaluation is due", 3, ctrl_c, 4, 4),
+    ("ctrl-c when another evaluation is due", 7, ctrl_c, 8, 4),
+    ("ctrl-c when the last evaluation is due", 11, ctrl_c, 12, 8),
+    ("crash", 7, crash, 4, 4),
+    ("crash before the first evaluation", 2, crash, 0, None),
 ])
 def test_a_resumed_run_is_bit_for_bit_the_run_without_the_interruption(
-        how, iteration, do, resumed_at, dtype, train, tmp_path, monkeypatch):
+        how, iteration, do, resumed_at, model, dtype, train, tmp_path, monkeypatch):
     flags = (*RUN, f"--dtype={dtype}")
     assert train(*flags, f"--save_filename={tmp_path}/whole").code == 0
     X = tmp_path / "cut.pt"
@@ -42,9 +45,9 @@ def test_a_resumed_run_is_bit_for_bit_the_run_without_the_interruption(
     cut = train(*flags, f"--save_filename={tmp_path}/cut")
     assert cut.code == (9 if do is crash else 130) and (do is crash or "--resume" in cut.out)
     assert torch.load(tmp_path / "cut.pt.state")["iteration"] == resumed_at
-    assert X.exists() == (resumed_at > 0)
-    if X.exists():  # the best model so far, evaluated at iteration 4, or the model as it is now
-        assert load_checkpoint(X)[2]["iteration"] == min(resumed_at, 4)
+    assert X.exists() == (model is not None)
+    if X.exists():
+        assert load_checkpoint(X)[2]["iteration"] == model
     monkeypatch.undo()
     resumed = train(*flags, f"--save_filename={tmp_path}/cut", "--resume")
     assert resumed.code == 0 and f"resuming {X} at iteration {resumed_at}\n" in resumed.out
@@ -53,13 +56,47 @@ def test_a_resumed_run_is_bit_for_bit_the_run_without_the_interruption(
     assert names(tmp_path) == ["cut.pt", "cut.pt.csv", "whole.pt", "whole.pt.csv"]
 
 
+@pytest.mark.parametrize("measurement, resumed_at, model", [(1, 4, 4), (3, 8, 4), (6, 12, 8)])
+def test_a_signal_ends_an_evaluation_and_resume_repeats_it(train, tmp_path, monkeypatch,
+                                                           measurement, resumed_at, model):
+    """Each of the three evaluations measures both splits. On a CPU, one may take long."""
+    assert train(*RUN, f"--save_filename={tmp_path}/whole").code == 0
+    X, calls, real = tmp_path / "cut.pt", [], lib.evaluate.estimate_nelbo
+
+    def estimate_nelbo(*args):
+        calls.append(args)
+        if len(calls) == measurement:
+            ctrl_c()
+        return real(*args)
+    monkeypatch.setattr(lib.evaluate, "estimate_nelbo", estimate_nelbo)
+    cut = train(*RUN, f"--save_filename={X}")
+    assert cut.code == 130 and len(calls) == measurement
+    assert torch.load(f"{X}.state")["iteration"] == resumed_at
+    assert load_checkpoint(X)[2]["iteration"] == model
+    monkeypatch.undo()
+    assert train(*RUN, f"--save_filename={X}", "--resume").code == 0
+    assert_same_weights(X, tmp_path / "whole.pt")
+    assert curve(X) == curve(tmp_path / "whole.pt")
+
+
+def test_until_the_first_evaluation_each_interruption_saves_the_model_as_it_is(train, tmp_path,
+                                                                               monkeypatch):
+    flags = (*RUN, f"--save_filename={tmp_path}/x")
+    for iteration in (0, 2):
+        with monkeypatch.context() as m:
+            at_iteration(m, iteration, ctrl_c)
+            cut = train(*flags, *["--resume"] * (iteration > 0))
+        assert cut.code == 130 and f"{tmp_path / 'x.pt'} holds the model as it is now" in cut.out
+        assert load_checkpoint(tmp_path / "x.pt")[2]["iteration"] == iteration + 1
+
+
 KILLED = """
 import os, signal, train
 real = train.set_learning_rates
-def dies_at_3(run):
+def dies_at_3(run, config):
     if run.iteration == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    real(run)
+    real(run, config)
 train.set_learning_rates = dies_at_3
 train.main()
 """
@@ -93,7 +130,7 @@ def test_resume_with_nothing_to_resume_trains_once_and_then_says_complete(train,
     assert fresh.code == 0 and "starting afresh" in fresh.out
     before = contents(tmp_path)
     complete = train(*flags)
-    assert complete.code == 0 and "complete: nothing to resume" in complete.out
+    assert complete.code == 0 and f"{tmp_path / 'x.pt'} is complete" in complete.out
     assert contents(tmp_path) == before and names(tmp_path) == ["x.pt", "x.pt.csv"]
 
 
@@ -127,6 +164,16 @@ def test_resume_refuses_flags_that_the_interrupted_run_did_not_have(train, tmp_p
     assert [row["iteration"] for row in curve(tmp_path / "x.pt")] == [4, 5, 10, 12]
 
 
+@pytest.mark.parametrize("flags", [["--dtype=auto"], ["--device=auto"], ["--init_from=start"]])
+def test_the_same_command_with_resume_continues_the_run(train, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    assert train(*RUN, "--save_filename=start").code == 0
+    at_iteration(monkeypatch, 6, ctrl_c)
+    assert train(*RUN, "--save_filename=x", *flags).code == 130
+    resumed = train(*RUN, "--save_filename=x", *flags, "--resume")
+    assert resumed.code == 0 and "resuming x.pt at iteration 7\n" in resumed.out, resumed
+
+
 def of_an_old_version(state):
     """In which --eval_tokens was --eval_chars."""
     state["config"]["eval_chars"] = state["config"].pop("eval_tokens")
@@ -134,15 +181,14 @@ def of_an_old_version(state):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda state: b"half", "damaged"),
-    (lambda state: [1, 2], "not a training state"),
-    (lambda state: {"config": {}, "x": 1}, "not a training state"),
-    (of_an_old_version, "not a training state of this version"),
-    (lambda state: state.pop("vocab") and None, "not a training state"),
-    (lambda state: state.pop("ema") and None, "does not fit its run"),
-    (lambda state: state["model"].popitem() and None, "does not fit its run"),
-    (lambda state: state["optimizer 0"].clear(), "does not fit its run"),
-    (lambda state: state.pop("minutes") and None, "does not fit its run"),
-    (lambda state: state.update(minutes="many"), "does not fit its run"),
+    (lambda state: [1, 2], "of another version"),
+    (lambda state: {"config": {}, "x": 1}, "of another version"),
+    (of_an_old_version, "of another version"),
+    (lambda state: state.pop("vocab") and None, "of another version"),
+    (lambda state: state.pop("ema") and None, "damaged"),
+    (lambda state: state["model"].popitem() and None, "damaged"),
+    (lambda state: state["optimizer 0"].clear(), "damaged"),
+    (lambda state: state.pop("minutes") and None, "damaged"),
 ])
 def test_a_state_file_that_can_t_be_resumed_is_reported_in_one_line_and_left(
         interrupted, train, tmp_path, damage, words):
@@ -167,57 +213,3 @@ def interrupted(train, tmp_path_factory, monkeypatch):
         at_iteration(m, 1, ctrl_c)
         assert train(*RUN, f"--save_filename={folder}/x").code == 130
     return folder / "x.pt.state"
-
-
-# -----------------------------------------------------------------------------
-# a second run of the same name
-
-@pytest.mark.parametrize("second_is", ["complete", "going on"])
-def test_a_run_stops_when_a_second_run_of_its_name_has_taken_its_place(
-        train, tmp_path, monkeypatch, second_is):
-    """The first run finds, when it would save, that X.pt.state is not as it left it."""
-    flags, second = (*RUN, f"--save_filename={tmp_path}/x"), []
-
-    def run_second():
-        monkeypatch.undo()
-        with monkeypatch.context() as m:
-            if second_is == "going on":
-                at_iteration(m, 6, crash)
-            second.append(train(*flags, "--seed=2"))
-    at_iteration(monkeypatch, 6, run_second)
-    first = train(*flags)
-    assert second[0].code == (0 if second_is == "complete" else 9)
-    error, = errors_of(first)
-    assert first.code == 2 and "done in" not in first.out
-    assert error.startswith(f"error: another run has changed {tmp_path / 'x.pt.state'}: stopping")
-    if second_is == "going on":  # the state is the second run's
-        assert torch.load(tmp_path / "x.pt.state")["config"]["seed"] == 2
-    assert load_checkpoint(tmp_path / "x_backup1.pt")[2]["hyperparameters"]["seed"] == 1337
-    assert torch.load(tmp_path / "x_backup1.pt.state")["iteration"] == 4
-
-
-def test_a_run_that_stops_for_a_second_one_leaves_the_second_one_s_files(train, tmp_path,
-                                                                         monkeypatch):
-    flags, files = (*RUN, f"--save_filename={tmp_path}/x"), {}
-
-    def run_second():
-        monkeypatch.undo()
-        assert train(*flags, "--seed=2").code == 0
-        files.update(contents(tmp_path))
-    at_iteration(monkeypatch, 6, run_second)
-    assert train(*flags).code == 2
-    assert contents(tmp_path) == files
-
-
-def test_a_run_stops_when_another_process_resumes_it(train, tmp_path, monkeypatch):
-    """Both would write the same files."""
-    flags, second = (*RUN, f"--save_filename={tmp_path}/x"), []
-
-    def resume():
-        monkeypatch.undo()
-        second.append(train(*flags, "--resume"))
-    at_iteration(monkeypatch, 6, resume)
-    first = train(*flags)
-    assert second[0].code == 0 and "resuming" in second[0].out
-    error, = errors_of(first)
-    assert first.code == 2 and "another run has changed" in error

@@ -2,16 +2,18 @@
 
 import math
 import os
+import re
 import signal
 import sys
+from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import prepare
 import pytest
 import torch
 from conftest import TINY, assert_one_line_error
-from helpers import seeded
-from runs import (
+from helpers import (
     RUN,
     assert_same_weights,
     at_iteration,
@@ -21,15 +23,17 @@ from runs import (
     curve,
     errors_of,
     names,
+    seeded,
 )
 
+import lib.evaluate
 import lib.run
 import train as train_script
 from diffusion import estimate_nelbo
 from lib.checkpoint import load_checkpoint
-from lib.data import load_data
-from lib.evaluate import describe
-from lib.windows import spread_windows
+from lib.data import load_data, write_dataset
+from lib.evaluate import short_sample, spread_windows
+from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # the best model and the loss curve
@@ -42,8 +46,8 @@ def test_x_keeps_the_best_model_and_says_what_it_is(train, tmp_path, monkeypatch
 
     def measure(model, *_):
         weights.append({name: p.clone() for name, p in model.state_dict().items()})
-        return "NELBO", next(measured), 0.125
-    monkeypatch.setattr(lib.run, "measure", measure)
+        return next(measured), 0.125
+    monkeypatch.setattr(lib.evaluate, "measure", measure)
     result = train("--max_iters=10", "--eval_interval=2", "--learning_rate=0.01",
                    "--warmup_iters=0", f"--save_filename={str(X).removesuffix('.pt')}")
     rows = curve(X)
@@ -53,11 +57,16 @@ def test_x_keeps_the_best_model_and_says_what_it_is(train, tmp_path, monkeypatch
     assert [row["iteration"] for row in rows] == [2, 4, 6, 8, 10]
     assert [row["val"] for row in rows] == [3.0, 1.5, 2.0, 1.5, 1.8] and rows[0]["val_se"] == 0.125
     assert info["iteration"] == 4 and info["nelbo"] == {"train": 2.0, "val": 1.5}
-    assert info["hyperparameters"]["learning_rate"] == 0.01 and info["dtype"] == "float32"
+    assert info["hyperparameters"]["learning_rate"] == 0.01
+    assert info["hyperparameters"]["dtype"] == "float32" and info["device"] == "cpu"
+    assert info["command"].startswith("train.py --n_layer=1 ")
     assert all(p.equal(weights[3][name]) for name, p in model.state_dict().items())
     assert not weights[3]["wte.weight"].equal(weights[5]["wte.weight"])
     assert "iteration 4: val NELBO 1.5000 nats per character\n" in result.out
-    assert "iteration 4, 1.5000 nats per character on validation" in result.out
+    last = result.out.splitlines()[-1]
+    assert last.startswith("done in 0.") and last.endswith(
+        " minutes: iteration 4 is the best, 1.5000 nats per character on validation. Now: python "
+        f"main.py --path={X}")
 
 
 @pytest.mark.parametrize("causal, passes, shown", [
@@ -73,7 +82,6 @@ def test_the_standard_error_is_shown_from_four_passes_on_or_if_the_value_is_exac
         error = f" +- {row[f'{split}_se']:.4f}" * shown
         assert (f"iteration 1: {split} {name} {row[split]:.4f}{error} nats per character\n"
                 in result.out)
-    assert describe("NELBO", 1.23456, 0.00004, 8) == "NELBO 1.2346 +- 0.0000 nats per character"
 
 
 @pytest.mark.parametrize("n_tokens, starts", [
@@ -89,7 +97,7 @@ def test_the_saved_model_has_the_nelbo_that_is_saved_with_it(train, tmp_path, da
     X = tmp_path / "x.pt"
     train(*RUN, "--eval_tokens=160", f"--save_filename={X}")
     model, vocab, info = load_checkpoint(X)
-    val = load_data(data_dir, 16, vocab)[1]
+    val = load_data(data_dir, 16, vocab).val
     for n_tokens, same in ((160, True), (len(val), False)):
         mean, _ = estimate_nelbo(model, spread_windows(val, n_tokens, 16), model.config.mask_id,
                                  passes=2, batch_size=4)
@@ -117,6 +125,20 @@ def test_a_csv_that_can_t_be_replaced_is_a_warning_and_the_next_evaluation_write
     assert_same_weights(tmp_path / "x.pt", tmp_path / "whole.pt")
 
 
+def test_a_state_that_can_t_be_removed_is_a_warning(train, tmp_path, monkeypatch):
+    unlink = os.unlink
+
+    def fails(path, *args, **kwargs):
+        if str(path).endswith(".state"):
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, *args, **kwargs)
+    monkeypatch.setattr(os, "unlink", fails)
+    result = train(*RUN, f"--save_filename={tmp_path}/x")
+    warning, = errors_of(result)
+    assert result.code == 0 and "done in" in result.out
+    assert warning.startswith("warning: ") and str(tmp_path / "x.pt.state") in warning
+
+
 @pytest.mark.parametrize("what", ["the loss", "the averaged weights"])
 def test_a_training_that_diverges_stops_and_keeps_the_last_good_files(train, tmp_path, monkeypatch,
                                                                       what):
@@ -135,11 +157,78 @@ def test_a_training_that_diverges_stops_and_keeps_the_last_good_files(train, tmp
     result = train("--max_iters=12", "--eval_interval=4", "--warmup_iters=0", "--eval_tokens=160",
                    f"--save_filename={tmp_path}/x")
     error, = errors_of(result)
-    assert result.code == 1
+    assert result.code == 2
     assert error.startswith("error: training diverged at iteration 8 (loss ")
     assert ("(loss nan)" in error) == (what == "the loss")
     assert load_checkpoint(tmp_path / "x.pt")[2]["iteration"] == 4
     assert torch.load(tmp_path / "x.pt.state")["iteration"] == 4
+
+
+# -----------------------------------------------------------------------------
+# the sample at each evaluation
+
+def samples_of(result):
+    return re.findall(r"^sample: (.*)$", result.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_sample_of_an_evaluation_changes_no_bit_of_the_training(train, tmp_path, monkeypatch,
+                                                                    text, causal):
+    runs, results, loop = [], [], train_script.train
+    monkeypatch.setattr(train_script, "train",
+                        lambda run, *args: runs.append(run) or loop(run, *args))
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(train_script, "short_sample", lambda *_: "nothing")
+        results.append(train(*RUN, f"--causal={causal}", f"--save_filename={tmp_path}/{name}"))
+    found, nothing = map(samples_of, results)
+    assert len(found) == 3 and nothing == ["nothing"] * 3
+    for line in found:  # a line's start, which is not shown, and 15 characters
+        assert set(line.replace(" / ", "")) <= set(text) and 5 <= len(line) <= 45
+    for part in ("model", "ema"):
+        ours, theirs = (getattr(run, part).state_dict() for run in runs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert curve(tmp_path / "with.pt") == curve(tmp_path / "without.pt")
+    assert_same_weights(tmp_path / "with.pt", tmp_path / "without.pt")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_sample_is_a_record_if_the_data_are_records(call, tmp_path, causal):
+    ids = np.arange(600) % 3
+    for record, length in ((1, 16), (8, 8)):
+        write_dataset(tmp_path / "data", ids, ids, list("abc"), record=record)
+        result = call(train_script, *TINY, f"--data_dir={tmp_path}/data", f"--causal={causal}",
+                      "--max_iters=1", "--eval_tokens=160", f"--save_filename={tmp_path}/x")
+        line, = samples_of(result)
+        assert len(line) == length and set(line) <= set("abc")
+
+
+@pytest.mark.parametrize("vocab, length", [("abc", 96), ("abc\n", 95)])
+def test_the_sample_of_a_large_model_is_short_and_begins_a_line(vocab, length):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(200, len(vocab) + 1, n_layer=1, n_head=1, n_embd=8)).eval()
+    seen, forward = [], model.forward
+    model.forward = lambda idx: seen.append(idx) or forward(idx)
+    data = SimpleNamespace(vocab=list(vocab), record=1)
+    line = short_sample(model, SimpleNamespace(dtype="float32"), data)
+    assert len(seen) == 32 and seen[0].shape == (1, 96)
+    assert (seen[0] == model.config.mask_id).sum() == length
+    assert all(idx[0, 0] == vocab.find("\n") for idx in seen if "\n" in vocab)
+    assert "\n" not in line and set(line) <= set("abc /")
+
+
+# -----------------------------------------------------------------------------
+# the state
+
+def test_the_state_holds_all_fields_of_a_run_and_what_tells_runs_apart(train, tmp_path,
+                                                                       monkeypatch):
+    """So what is added to a Run can't be forgotten by --resume."""
+    at_iteration(monkeypatch, 6, crash)
+    train(*RUN, f"--save_filename={tmp_path}/x")
+    state = torch.load(tmp_path / "x.pt.state")
+    saved = {re.sub(r"optimizer \d", "optimizers", name) for name in state}
+    assert saved - {"config", "vocab", "crc32", "id"} == {f.name for f in fields(train_script.Run)}
+    assert set(state["config"]) == {f.name for f in fields(train_script.TrainConfig)}
 
 
 # -----------------------------------------------------------------------------
@@ -189,7 +278,7 @@ def test_an_interrupted_run_that_is_not_resumed_is_kept_and_can_be_resumed_later
     old = (tmp_path / "x.pt.state").read_bytes()
     again = train(*RUN, f"--save_filename={X}")
     backup = tmp_path / "x_backup1.pt"
-    assert again.code == 0 and f"--save_filename={backup} --resume continues it" in again.out
+    assert again.code == 0 and f"to go on with it: --save_filename={backup} --resume\n" in again.out
     assert (tmp_path / "x_backup1.pt.state").read_bytes() == old
     assert train(*RUN, f"--save_filename={backup}", "--resume").code == 0
     assert_same_weights(X, backup)
@@ -265,7 +354,7 @@ def test_a_second_signal_ends_the_run_at_once(train, tmp_path, monkeypatch, firs
     before, steps = signal.getsignal(signal.SIGINT), []
     update = train_script.update_weights
     monkeypatch.setattr(train_script, "update_weights",
-                        lambda run: steps.append(run.iteration) or update(run))
+                        lambda run, *args: steps.append(run.iteration) or update(run, *args))
     at_iteration(monkeypatch, 6, lambda: [signal.raise_signal(n) for n in (first, second)])
     result = train(*RUN, f"--save_filename={tmp_path}/x")
     assert result.code == 130 and steps[-1] == 5 and "interrupted" not in result.out

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import ROOT
 from helpers import LETTERS, plain, replay, save_gpt
 
 from lib import show
-from lib.show import Watcher, frame, save_replay
+from lib.show import frame, save_replay, shown, watch
 
 HOME, HIDE = "\x1b[H", "\x1b[?1049h\x1b[?25l\x1b[?7l"  # a frame's start; the animation's start
 RESTORE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
@@ -81,20 +82,23 @@ def slept(monkeypatch):
 STATES = [torch.tensor([row]) for row in ([M, M, 0], [1, M, 0], [1, 0, 0], [M, M, 0], [0, 0, 0])]
 
 
+def follow(states, animate=False, html=None):
+    config = SimpleNamespace(animate=animate, html=html, seed=7)
+    return watch(states, STATES[0], 3, CHARS, M, config)
+
+
 def test_passes_are_states_with_fewer_masks_and_states_are_kept_on_request():
-    for keep_all in (True, False):
-        with Watcher(STATES[0], 3, CHARS, M) as watcher:
-            for state in STATES[1:]:
-                watcher.see(state, keep_all)
-        assert watcher.passes == 3  # what is masked again is shown, but is no pass
-        assert len(watcher.states) == (5 if keep_all else 1) and watcher.states[-1] is STATES[-1]
+    for html in ("run.html", None):
+        states, summary = follow(iter(STATES[1:]), html=html)
+        # what is masked again is shown, but is no pass
+        assert re.fullmatch(r"\[3 steps in \d+\.\d s; seed 7\]", summary)
+        assert len(states) == (5 if html else 1) and states[-1] is STATES[-1]
+        assert not html or all(map(torch.equal, states, STATES))
 
 
 def test_every_state_is_a_frame_and_the_terminal_is_left_as_it_was(monkeypatch, slept):
     monkeypatch.setattr(sys, "stdout", Terminal())
-    with Watcher(STATES[0], 3, CHARS, M, animate=True) as watcher:
-        for state in STATES[1:]:
-            watcher.see(state)
+    follow(STATES[1:], animate=True)
     shown = sys.stdout.getvalue()
     assert shown.startswith(HIDE) and shown.endswith(RESTORE) and shown.count(HOME) == 5
     frames = [plain(text) for text in shown.split(HOME)[1:]]
@@ -104,17 +108,26 @@ def test_every_state_is_a_frame_and_the_terminal_is_left_as_it_was(monkeypatch, 
     assert slept[-1] == 1.5  # the finished page stays for a moment
 
 
-def test_after_an_error_the_terminal_is_left_as_it_was_at_once(monkeypatch, slept):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_after_an_error_the_terminal_is_left_as_it_was_at_once(monkeypatch, slept, error):
+    def states():
+        yield STATES[1]
+        raise error
     monkeypatch.setattr(sys, "stdout", Terminal())
-    with pytest.raises(KeyboardInterrupt), Watcher(STATES[0], 3, CHARS, M, animate=True):
-        raise KeyboardInterrupt
-    assert sys.stdout.getvalue().endswith(RESTORE) and slept[-1] == 0
+    with pytest.raises(error):
+        follow(states(), animate=True)
+    assert sys.stdout.getvalue().endswith(RESTORE) and max(slept) < 0.1
 
 
 def test_without_a_terminal_nothing_is_animated(capsys, slept):
-    with Watcher(STATES[0], 3, CHARS, M, animate=True) as watcher:
-        watcher.see(STATES[1])
+    follow(STATES[1:2], animate=True)
     assert capsys.readouterr().out == "" and not slept
+
+
+def test_a_terminal_is_shown_no_control_characters_and_a_file_gets_the_text(monkeypatch):
+    assert shown([0, 3, 2, 1], CHARS) == "a\x1b\nb"
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert shown([0, 3, 2, 1], CHARS) == "a\\x1b\nb"
 
 
 # -----------------------------------------------------------------------------
@@ -156,7 +169,8 @@ def test_html_replays_the_run(sample, checkpoint, tmp_path):
                     "--gen_length=40", "--revise=0.3")
     pages, passes, run = replay(path.read_text(encoding="utf-8"))
     assert result.code == 0 and [page + "\n" for page in pages] == result.out.split("\f")
-    assert f"[{passes} steps" in result.err and len(run["changes"]) > passes == 7
+    assert f"[{passes} steps in " in result.err and len(run["changes"]) > passes
+    assert passes == 3 * 7  # windows, and the steps of each
 
 
 def test_animate_without_a_terminal_writes_the_same_text(sample, checkpoint):

@@ -92,16 +92,16 @@ def test_the_puzzle_that_ships_has_one_solution():
 
 
 def test_a_record_is_nine_lines_of_digits_and_an_empty_line(folder):
-    data, _, vocab = load_data(folder, 91)
-    lines = "".join(vocab[i] for i in data[:91]).split("\n")
-    assert len(data) == 400 * 91 and lines[9:] == ["", ""]
+    data = load_data(folder, 91)
+    lines = "".join(data.vocab[i] for i in data.train[:91]).split("\n")
+    assert data.record == 91 and len(data.train) == 400 * 91 and lines[9:] == ["", ""]
     assert is_valid(np.array([[int(c) for c in line] for line in lines[:9]]))
 
 
 @pytest.mark.parametrize("records", [1, 2])
 def test_windows_begin_where_a_record_begins(folder, records):
     config = TrainConfig(data_dir=str(folder), block_size=91 * records, batch_size=64)
-    data, _, _ = load_data(folder, config.block_size)
+    data = load_data(folder, config.block_size).train
     seen = set()
     for seed in range(40):
         batch = get_batch(data, config, torch.Generator().manual_seed(seed), record=91)
@@ -120,15 +120,16 @@ def test_the_data_set_chooses_its_sizes_and_how_much_is_masked(call, folder, tmp
     flags = [*(f for f in TINY if "block_size" not in f), f"--data_dir={folder}", "--max_iters=2",
              "--eval_interval=2", "--warmup_iters=1"]
     result = call(train_script, *flags, f"--save_filename={tmp_path}/x")
-    assert result.code == 0 and "characters per iteration: 364" in result.out, result
+    assert result.code == 0 and "\n364 characters per iteration" in result.out, result
     assert len(drawn) == 2 and all(0.4 <= p <= 0.75 for _, _, p_mask in drawn for p in p_mask[:, 0])
-    assert_one_line_error(call(train_script, *flags, "--block_size=90"), "--block_size=90", "91")
+    assert_one_line_error(call(train_script, *flags, "--block_size=90"), "--block_size", "91",
+                          "not 90")
     few = call(train_script, *flags, "--eval_tokens=91", f"--save_filename={tmp_path}/y")
     assert few.code == 0  # a window of the data set's own size
     page = call(main_script, f"--path={tmp_path}/x", f"--infill={ROOT}/assets/puzzle.txt",
                 "--device=cpu", "--tries=2")
     puzzle = (ROOT / "assets" / "puzzle.txt").read_text()
-    assert page.code == 0 and len(page.out) == 91 and "not sure" in page.err
+    assert page.code == 3 and len(page.out) == 91 and "wrong after 2 tries: " in page.err
     assert all(given in ("_", found) for given, found in zip(puzzle, page.out))
 
 
@@ -166,23 +167,39 @@ def test_the_surest_cell_first_solves_and_a_random_one_does_not(call, rules):
 
 def test_a_wrong_guess_is_noticed_and_replaced(call, rules, tmp_path):
     one = solve(call, GUESSWORK, "--tries=1")
-    assert not solves(one.out, GUESSWORK) and "not sure of this answer (1 tries)" in one.err
+    assert not solves(one.out, GUESSWORK) and "wrong after 1 tries: row 1 holds 3" in one.err
     page = solve(call, GUESSWORK, f"--html={tmp_path}/run.html")
     assert page.code == 0 and solves(page.out, GUESSWORK) and "not sure" not in page.err
 
 
-def test_an_answer_that_is_doubtful_after_the_last_try_is_printed_and_said_to_be(call, rules):
+def test_an_answer_that_breaks_a_rule_is_printed_and_has_a_status_of_its_own(call, rules):
+    """The search knows no rule, but what is said of its answers is checked with the rules."""
     result = solve(call, NO_ANSWER)
-    assert result.code == 0 and "not sure of this answer (64 tries)" in result.err, result
+    assert result.code == 3 and "wrong after 64 tries: row 1 holds 1 twice" in result.err, result
     assert len(result.out) == 21 and "_" not in result.out and not solves(result.out, NO_ANSWER)
     assert all(given in ("_", found) for given, found in zip(NO_ANSWER, result.out))
-    assert "(3 tries)" in solve(call, NO_ANSWER, "--tries=3").err
-    assert "(1 tries)" in solve(call, NO_ANSWER, "--remasking=low_confidence").err
+    assert "after 3 tries" in solve(call, NO_ANSWER, "--tries=3").err
+    assert "after 1 tries" in solve(call, NO_ANSWER, "--remasking=low_confidence").err
+    good_and_bad = solve(call, EASY + "\n" + NO_ANSWER)
+    assert good_and_bad.code == 3 and good_and_bad.err.count("wrong") == 1
+    assert solves(good_and_bad.out[:20], EASY) and len(good_and_bad.out) == 42
+
+
+def test_a_wrong_answer_is_called_wrong_even_if_the_model_is_sure_of_it(call, rules, monkeypatch):
+    monkeypatch.setattr("lib.search.certainty", lambda *_: torch.ones(1))
+    result = solve(call, NO_ANSWER)
+    assert result.code == 3 and "wrong after 64 tries" in result.err
+
+
+def test_an_answer_that_breaks_no_rule_may_be_doubtful(call, rules, monkeypatch):
+    monkeypatch.setattr("lib.search.certainty", lambda *_: torch.zeros(1))
+    result = solve(call, EASY, "--tries=2")
+    assert result.code == 0 and "not sure of this answer (2 tries)" in result.err
 
 
 def test_the_steps_of_all_tries_are_counted(call, rules):
     """With unmask, a step for each of the 12 cells; the search goes back to its last guesses."""
-    assert "[12 steps; seed 1337]" in solve(call, NO_ANSWER, "--remasking=low_confidence").err
+    assert "[12 steps in " in solve(call, NO_ANSWER, "--remasking=low_confidence").err
     one, two = (int(solve(call, NO_ANSWER, f"--tries={n}").err.split("[")[1].split()[0])
                 for n in (1, 2))
     assert one < two < 2 * one
@@ -199,6 +216,7 @@ def test_a_seed_gives_the_same_answer_again(call, rules):
     (["--tries=0", "--infill=" + EASY], ["--tries", "0"]),
     (["--tries=2"], ["--tries", "puzzles"]),
     (["--tries=2", "--revise=0.1", "--infill=" + EASY], ["--tries", "--revise"]),
+    (["--tries=2", "--steps=3", "--infill=" + EASY], ["--tries", "--steps"]),
     (["--steps=0", "--infill=" + EASY], ["steps", "0"]),
     (["--remasking=best", "--infill=" + EASY], ["remasking", "best"]),
 ])
@@ -207,8 +225,8 @@ def test_flags_that_make_no_sense(call, rules, flags, words):
 
 
 @pytest.mark.parametrize("puzzle, words", [
-    ("12__\n__1_\n_1__\n__2\n", ["15", "16"]),                  # too short
-    ("12__\n__1_\n_1__\n__21\n____\n", ["4 cells in puzzle 2"]),  # too long
+    ("12__\n__1_\n_1__\n__2\n", ["4 lines of 4", "16 cells"]),  # too short
+    ("12__\n__1_\n_1__\n__21\n____\n", ["4 lines of 4", "16 cells"]),  # too long
     ("12__\n__5_\n_1__\n__21\n", ["does not know", "5"]),
     ("1234\n3412\n2143\n4321\n", ["no empty cell"]),
     ("11__\n____\n____\n____\n", ["row 1 holds 1 twice"]),
@@ -240,16 +258,11 @@ def test_a_model_of_another_text_says_how_to_solve_a_puzzle(call):
     assert "--path=sudoku" not in prose.err
 
 
-def test_a_record_that_is_no_number_is_one_line(call, tmp_path):
-    path = save_gpt(tmp_path / "x.pt", "abc", 16, record="many")
-    assert_one_line_error(call(main_script, f"--path={path}"), "records")
-
-
 def test_a_page_of_a_puzzle_model_is_a_record(call, rules):
     """It begins where a record begins, and does not go on beyond one."""
     page = call(main_script, "--device=cpu")
     assert page.code == 0 and len(page.out) == 22 and not page.out.startswith("\n")
-    assert_one_line_error(call(main_script, "--gen_length=22"), "at most", "22")
+    assert_one_line_error(call(main_script, "--gen_length=22"), "records of 21", "22")
 
 
 def test_texts_of_equal_records_that_are_no_puzzles_are_ordinary_texts(sample, tmp_path):
@@ -259,4 +272,4 @@ def test_texts_of_equal_records_that_are_no_puzzles_are_ordinary_texts(sample, t
     result = sample(f"--path={path}", f"--infill={text.replace(' ', 'b')}")
     assert result.code == 0 and len(result.out) == 16
     assert (result.out[:3], result.out[4:14], result.out[15:]) == (".0a", "b.0\na..00b", "\n")
-    assert_one_line_error(sample(f"--path={path}", "--infill=.0_"), "--infill", "3", "16")
+    assert_one_line_error(sample(f"--path={path}", "--infill=.0_"), "records of 16", "3")

@@ -16,11 +16,12 @@ from helpers import replay, save_gpt
 
 import main as main_script
 import train as train_script
-from diffusion import estimate_nelbo, estimate_nll
+from diffusion import estimate_nelbo
 from lib.checkpoint import load_checkpoint
 from lib.data import characters_per_token
 from lib.evaluate import measure
 from lib.tokenizer import decode, encode, learn_pieces
+from lib.twin import estimate_nll
 
 ALPHABET = "abc AB'.\n\t\r\u2028é中\U0001f389\u0301_1"
 
@@ -138,31 +139,6 @@ def test_a_piece_that_begins_with_a_mark_is_used_in_encoding():
     assert [vocab[i] for i in encode(text, vocab)] == naive_pieces(text, len(vocab))[1]
 
 
-# What the version without marks in words learned (git show 5f77f10:tokenizer.py), the characters
-# first, and how it encoded a text.
-OLD = [
-    ([*"\n ,.:adefghiklmnopqrstuy", " t", " l", " m", " s", " th", "an", "and", "ee", "or", " and",
-      " f", " g", " k", " n", " o", " q", " fa", " fai", " fair", " go", " goo", " good", " ki",
-      " kin", " king", " land", " lor", " lord", " mor", " my", " more", " ni", " nig", " nigh",
-      " night", " of"],
-     "the fair king, my lord of the land:\ngood night",
-     ["t", "h", "e", " fair", " king", ",", " my", " lord", " of", " th", "e", " land", ":", "\n",
-      "g", "o", "o", "d", " night"]),
-    ([*"\n कडदनपयवहािीै्।", " व", " ह", "ै।"],
-     "हिन्दी विकिपीडिया है।\n",
-     ["ह", "ि", "न", "्", "द", "ी", " व", "ि", "क", "ि", "प", "ी", "ड", "ि", "य", "ा", " ह", "ै।",
-      "\n"]),
-    (["a", "\u0301", "aa"],  # a word of 32 characters begins after the mark
-     "a" * 31 + "\u0301" + "a" * 31, ["aa"] * 15 + ["a", "\u0301"] + ["aa"] * 15 + ["a"]),
-]
-
-
-@pytest.mark.parametrize("vocab, text, tokens", OLD)
-def test_a_vocabulary_of_an_earlier_version_encodes_as_it_did(vocab, text, tokens):
-    ids = encode(text, vocab)
-    assert [vocab[i] for i in ids] == tokens and decode(ids, vocab) == text
-
-
 # -----------------------------------------------------------------------------
 # encoding
 
@@ -173,7 +149,7 @@ def test_any_text_of_known_characters_comes_back():
         text = random_text(rng, rng.randrange(40))
         ids = encode(text, vocab)
         assert ids.dtype == np.uint16 and decode(ids, vocab) == text
-    with pytest.raises(ValueError, match="does not know: 'X' 'Z'"):
+    with pytest.raises(ValueError, match=r"does not know: 'X' \(U\+0058\) 'Z' \(U\+005A\)"):
         encode("aXbZX", vocab)
 
 
@@ -253,7 +229,7 @@ def test_measures_are_per_character(pieces, pieces_dir):
     expected = len(used) * np.log(len(vocab)) / len(decode(used, vocab))
     for causal in (False, True):
         model.config.causal = causal
-        _, nats, _ = measure(model, data, vocab, 2, 8, torch.autocast("cpu", enabled=False))
+        nats, _ = measure(model, data, vocab, 2, 8, torch.autocast("cpu", enabled=False))
         assert nats == pytest.approx(expected, rel=1e-5)
     assert characters_per_token(used, vocab) == len(decode(used, vocab)) / len(used) > 1.2
     assert characters_per_token(np.array([0, 1, 1]), ["a", "b"]) == 1
@@ -274,7 +250,7 @@ def test_train_and_continue_on_characters(call, pieces_dir, data_dir, tmp_path):
     assert result.code == 0 and "nats per character" in result.out
     _, vocab, _ = load_checkpoint(x)
     assert len(vocab) == 200
-    per_iteration = int(re.search(r"characters per iteration: (\d+)", result.out)[1])
+    per_iteration = int(re.search(r"(\d+) characters per iteration", result.out)[1])
     assert 64 * 1.2 < per_iteration < 64 * 3
     assert call(train_script, *tiny, f"--save_filename={y}", f"--data_dir={data_dir}").code == 0
     sizes = tiny[3:]
@@ -296,7 +272,7 @@ def test_pages_prompts_and_holes(sample, pieces, tmp_path):
     first, second = result.out.removesuffix("\n").split("\n\f")
     assert first.startswith("the king and ") and second.startswith("the king and ")
     length = len(first + second) - 2 * len("the king and")  # the space is part of what is written
-    assert length > 80 * 1.1 and f", {length} characters in" in result.err
+    assert length > 80 * 1.1
     assert (tmp_path / "run.html").exists()
 
     result = sample(f"--path={pieces}", "--infill=the __ of th_")

@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-import time
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,29 +11,30 @@ import prepare
 import pytest
 import torch
 from conftest import TINY, assert_distribution, assert_one_line_error
-from helpers import seeded
-from runs import PROGRESS, RUN, curve, stand_in
+from helpers import PROGRESS, RUN, curve, seeded
 
 import diffusion
 import lib.muon
 import lib.run
 import train as train_script
-from diffusion import autoregressive_loss, diffusion_loss, forward_process
-from lib.data import load_data
-from lib.muon import Muon, orthogonalize
-from lib.windows import cut_windows
+from diffusion import diffusion_loss, forward_process
+from lib.data import cut_windows, load_data
+from lib.device import Processes
+from lib.muon import Muon, make_optimizers, orthogonalize
+from lib.run import Progress
+from lib.twin import autoregressive_loss
 from model import GPT, GPTConfig
 from train import (
     TrainConfig,
-    accumulate_gradient,
+    add_gradient,
     get_batch,
-    make_optimizers,
     seed_for,
     set_learning_rates,
-    show_progress,
     to_device,
     update_weights,
 )
+
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 # -----------------------------------------------------------------------------
 # batches
@@ -47,8 +48,7 @@ def test_a_batch_depends_on_seed_and_iteration_and_on_nothing_else(data_dir):
     def config_of(**kwargs):
         return TrainConfig(block_size=16, **kwargs)
     config = config_of(batch_size=8)
-    data, _, vocab = load_data(data_dir, 16)
-    assert len(vocab) == len(set(vocab))
+    data = load_data(data_dir, 16).train
     assert isinstance(data, np.memmap) and data.dtype == np.uint16  # it need not fit the memory
     first = batch_of(data, config, 5)
     split = config_of(batch_size=2, gradient_accumulation_steps=4)
@@ -95,8 +95,8 @@ def test_a_run_draws_its_batches_from_seed_and_iteration(train, tmp_path, monkey
 
 def test_token_ids_above_32767_stay_positive():
     data = np.array([0, 32_768, 65_534, 7], dtype="<u2")
-    rows = cut_windows(data, torch.tensor([0, 1]), 3)
-    assert rows.dtype == torch.long
+    rows = cut_windows(data, np.array([0, 1]), 3)
+    assert rows.dtype == np.int64
     assert rows.tolist() == [[0, 32_768, 65_534], [32_768, 65_534, 7]]
 
 
@@ -132,13 +132,14 @@ def test_the_forward_process_of_diffusion_py_is_what_trains(train, tmp_path, mon
 def test_accumulation_gives_the_gradient_of_the_whole_batch(data_dir, causal):
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 100, n_layer=1, n_head=1, n_embd=8, causal=causal))
-    config = TrainConfig(batch_size=2, gradient_accumulation_steps=4, block_size=16)
-    batch = [batch_of(load_data(data_dir, 16)[0], config, 0)]
+    config = TrainConfig(batch_size=2, gradient_accumulation_steps=4, block_size=16,
+                         dtype="float32")
+    input_ids = batch_of(load_data(data_dir, 16).train, config, 0)
+    batch = (input_ids, *forward_process(input_ids, 99, 0.1, seeded()))
     loss_function = autoregressive_loss if causal else diffusion_loss
-    if not causal:
-        batch += forward_process(batch[0], 99, 0.1, seeded())
     whole = loss_function(model, 99, *batch)
-    mean = accumulate_gradient(model, loss_function, batch, stand_in(model=model, config=config))
+    run = SimpleNamespace(model=model, scaler=NO_SCALER)
+    mean = add_gradient(model, loss_function, batch, run, config, Processes())
     torch.testing.assert_close(mean, whole.detach())
     parameters = list(model.parameters())
     torch.testing.assert_close(tuple(p.grad for p in parameters),
@@ -164,8 +165,9 @@ def test_a_large_gradient_is_clipped_and_grad_clip_0_leaves_it(monkeypatch):
         seen = SimpleNamespace(step=lambda model=model: norms.append(
             torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()),
             param_groups=[])
-        update_weights(stand_in(config=TrainConfig(grad_clip=grad_clip), model=model,
-                                ema=copy.deepcopy(model), optimizers=[seen]))
+        run = SimpleNamespace(model=model, ema=copy.deepcopy(model), optimizers=[seen],
+                              scaler=NO_SCALER, iteration=0)
+        update_weights(run, TrainConfig(grad_clip=grad_clip))
         assert model.weight.grad is None  # the next iteration begins with no gradient
     assert norms == pytest.approx([0.5, 7 * 12**0.5], rel=1e-4)
 
@@ -242,7 +244,7 @@ def test_the_learning_rate_warms_up_and_decays_to_its_final_fraction():
                   for _ in range(2)]
     scale = []
     for i in range(101):
-        set_learning_rates(stand_in(config=config, iteration=i, optimizers=optimizers))
+        set_learning_rates(SimpleNamespace(iteration=i, optimizers=optimizers), config)
         scale.append(optimizers[0].param_groups[0]["lr"])
         for optimizer in optimizers:
             assert [group["lr"] for group in optimizer.param_groups] == [scale[i], 3 * scale[i]]
@@ -260,14 +262,16 @@ def test_the_average_forgets_fast_at_first_and_then_with_ema_decay(iteration, em
     model, average = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     expected = {name: decay * average.state_dict()[name] + (1 - decay) * p
                 for name, p in model.state_dict().items()}
-    update_weights(stand_in(config=TrainConfig(ema_decay=ema_decay), model=model, ema=average,
-                            optimizers=[], iteration=iteration))
+    run = SimpleNamespace(model=model, ema=average, optimizers=[], scaler=NO_SCALER,
+                          iteration=iteration)
+    update_weights(run, TrainConfig(ema_decay=ema_decay))
     torch.testing.assert_close(dict(average.state_dict()), expected)
 
 
 def test_what_is_saved_is_the_average_and_it_builds_no_graph(train, tmp_path, monkeypatch):
-    runs, saved, save, begin = [], [], lib.run.save_checkpoint, train_script.begin
-    monkeypatch.setattr(train_script, "begin", lambda run: runs.append(run) or begin(run))
+    runs, saved, save, loop = [], [], lib.run.save_checkpoint, train_script.train
+    monkeypatch.setattr(train_script, "train",
+                        lambda run, *args: runs.append(run) or loop(run, *args))
 
     def seen(path, model, *args, **info):
         saved.append(model)
@@ -325,49 +329,64 @@ def test_a_compiler_that_does_not_work_here_is_reported_in_one_line(train, tmp_p
 # -----------------------------------------------------------------------------
 # progress where stderr is no terminal
 
+HALF_AGAIN = SimpleNamespace(characters_per_token=1.5)
+
+
 @pytest.fixture
 def clock(monkeypatch):
-    """A list whose one number is what train.py takes for the time, in seconds."""
-    clock = [time.perf_counter()]
-    monkeypatch.setattr(train_script, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    """A list whose one number is what a run takes for the time, in seconds."""
+    clock = [1000.0]
+    for module in (train_script, lib.run):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     return clock
 
 
 def test_a_line_of_progress_at_the_first_reading_and_then_at_most_every_15_seconds(clock, capsys):
-    run = stand_in(config=TrainConfig(max_iters=2000, log_interval=2, batch_size=4, block_size=50),
-                   characters_per_token=1.5, losses=[9.0, 2.0, 3.0], shown=lib.run.Run.shown)
-    postfixes = []
-    bar = SimpleNamespace(disable=True, set_postfix_str=lambda text, **_: postfixes.append(text))
-    for run.iteration in range(100, 1100, 100):
-        show_progress(run, bar, speed=2500)
+    """Of the first process alone. 100 iterations of 150 characters take 6 seconds."""
+    config, data = TrainConfig(max_iters=2000, batch_size=4, block_size=25), HALF_AGAIN
+    for rank in (0, 1):
+        with Progress(SimpleNamespace(iteration=0), config, data, Processes(rank, 2)) as progress:
+            for iteration in range(100, 1100, 100):
+                clock[0] += 6
+                progress.show(iteration, 2.5)
+        assert progress.postfix == "loss 2.50, 2,500 characters/s"
+        assert capsys.readouterr().err.splitlines() == [
+            f"iteration {iteration} of 2,000: loss 2.50, 2,500 characters/s, {left} minutes left"
+            for iteration, left in [("100", 1.9), ("400", 1.6), ("700", 1.3), ("1,000", 1.0)]
+            if rank == 0]
+
+
+def test_progress_is_shown_in_the_bar_alone_where_there_is_one(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    config = TrainConfig(batch_size=4, block_size=25)
+    with Progress(SimpleNamespace(iteration=0), config, HALF_AGAIN, Processes()) as progress:
         clock[0] += 6
-    assert capsys.readouterr().err.splitlines() == [
-        f"iteration {iteration} of 2,000: loss 2.50, 2,500 characters/s, {left} minutes left"
-        for iteration, left in [("100", 3.8), ("400", 3.2), ("700", 2.6), ("1,000", 2.0)]]
-    assert postfixes == ["loss 2.50, 2,500 characters/s"] * 10
-
-
-def test_progress_is_shown_in_the_bar_alone_where_there_is_one(clock, capsys):
-    run = stand_in(config=TrainConfig(), losses=[2.0], shown=lib.run.Run.shown)
-    show_progress(run, SimpleNamespace(disable=False, set_postfix_str=lambda *_, **__: None), 1.0)
-    assert capsys.readouterr().err == ""
+        progress.show(100, 2.5)
+    err = capsys.readouterr().err
+    assert "loss 2.50, 2,500 characters/s" in err and not PROGRESS.search(err)
 
 
 def test_the_progress_of_a_run_has_its_loss_its_speed_and_the_time_that_is_left(
         train, tmp_path, monkeypatch, clock):
-    real = train_script.set_learning_rates
+    """An iteration takes four seconds, and its loss is its number. The loss that is shown is the
+    mean of the last five; an evaluation, which takes long, does not count as training."""
+    evaluate = train_script.evaluate
 
-    def two_seconds(run):
-        run.clock = clock[0] if run.iteration == 0 else run.clock
-        clock[0] += 2
-        real(run)
-    monkeypatch.setattr(train_script, "set_learning_rates", two_seconds)
-    result = train("--max_iters=30", "--eval_interval=5", "--log_interval=5", "--warmup_iters=0",
+    def four_seconds(net, loss_function, batch, run, config, processes):
+        clock[0] += 4
+        return torch.tensor(float(run.iteration))
+
+    def long_evaluation(*args):
+        clock[0] += 100
+        return evaluate(*args)
+    monkeypatch.setattr(train_script, "add_gradient", four_seconds)
+    monkeypatch.setattr(train_script, "evaluate", long_evaluation)
+    result = train("--max_iters=30", "--eval_interval=10", "--log_interval=5", "--muon=False",
                    "--eval_tokens=160", f"--save_filename={tmp_path}/x")
-    assert result.code == 0 and "\r" not in result.err and "\x1b" not in result.err
-    assert "characters/s" not in result.out
-    loss = {row["iteration"]: row["loss"] for row in curve(tmp_path / "x.pt")}
-    assert result.err.splitlines() == [  # 4 windows of 16 characters in 2 seconds
-        f"iteration {i} of 30: loss {loss[i]:.2f}, 32 characters/s, {left} minutes left"
-        for i, left in ((5, 0.8), (15, 0.5), (25, 0.2))]
+    assert result.code == 0 and "characters/s" not in result.out
+    assert [row["loss"] for row in curve(tmp_path / "x.pt")] == [4.5, 14.5, 24.5]
+    assert result.err.splitlines() == [  # 4 windows of 16 characters in 4 seconds
+        f"iteration {i} of 30: loss {loss}.00, 16 characters/s, {left} minutes left"
+        for i, loss, left in ((5, 2, 1.7), (10, 7, 1.3), (15, 12, 1.0), (20, 17, 0.7),
+                              (25, 22, 0.3), (30, 27, 0.0))]
     assert all(PROGRESS.fullmatch(line) for line in result.err.splitlines())

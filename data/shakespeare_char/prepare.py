@@ -13,33 +13,23 @@ byte order mark is dropped, and other line ends become \\n.
 """
 
 import hashlib
+import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.common import (  # noqa: E402
-    check,
-    knob,
-    one_line_errors,
-    open_streams,
-    parse_knobs,
-    read_text,
-    write_atomically,
-)
-from lib.data import FILES, write_dataset  # noqa: E402
-from lib.tokenizer import encode, learn_pieces  # noqa: E402
+from lib.common import check, knob, one_line_errors, open_streams, parse_knobs, read_text
+from lib.data import FILES, write_atomically, write_dataset
+from lib.tokenizer import encode, learn_pieces
 
 URLS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
 )
-SIZE = 1_115_394
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -51,41 +41,20 @@ class PrepareConfig:
                                  "without it, tokens are characters")
 
 
-def fetch(url, seconds=300):
-    """Return the bytes at url. ValueError if they are not Tiny Shakespeare,
-    requests.RequestException if it can't be reached or takes longer than so many seconds."""
-    data, deadline = bytearray(), time.monotonic() + seconds
-    with requests.get(url, stream=True, timeout=15) as response:
-        response.raise_for_status()
-        with tqdm(total=SIZE, unit="B", unit_scale=True, desc="input.txt") as bar:
-            for chunk in response.iter_content(chunk_size=1 << 16):
-                data += chunk
-                bar.update(len(chunk))
-                if len(data) > SIZE:
-                    break
-                if time.monotonic() > deadline:
-                    raise requests.Timeout
-    if len(data) != SIZE or hashlib.sha256(data).hexdigest() != SHA256:
-        raise ValueError(f"{len(data):,} bytes that are not Tiny Shakespeare")
-    return bytes(data)
-
-
-def download(path, tries=3):
+def download(path):
     """Save Tiny Shakespeare as path, from the first of URLS that has it. ConnectionError if none
     has."""
     failures = []
-    for url in URLS:
-        for attempt in range(tries):
-            try:
-                return write_atomically(path, fetch(url))
-            except requests.RequestException as e:
-                failure = f"{type(e).__name__} from {url}"
-            except ValueError as e:
-                failure = f"{e} from {url}"
-            time.sleep(attempt)
-        failures.append(failure)
-    raise ConnectionError(f"could not download Tiny Shakespeare ({'; '.join(failures)}). Without a "
-                          f"network: save that file as {path} by hand and run this again")
+    for url in 2 * URLS:
+        try:
+            data = requests.get(url, timeout=15).content
+            if hashlib.sha256(data).hexdigest() == SHA256:
+                return write_atomically(path, data)
+            failures.append(f"{len(data):,} bytes that are not Tiny Shakespeare from {url}")
+        except requests.RequestException as e:
+            failures.append(f"{type(e).__name__} from {url}")
+    raise ConnectionError(f"could not download Tiny Shakespeare ({'; '.join(failures[2:])}). "
+                          f"Without a network: save it as {path} by hand and run this again")
 
 
 def prepare(source, out_dir, vocab_size=None):
@@ -109,8 +78,8 @@ def main():
         config = PrepareConfig(**parse_knobs(PrepareConfig, __doc__))
         check(config.out_dir or not config.input,
               "--input needs --out_dir: say where the files of your own text go")
-        source = Path(config.input).expanduser() if config.input else HERE / "input.txt"
-        out_dir = Path(config.out_dir).expanduser() if config.out_dir else HERE
+        source = Path(os.path.expanduser(config.input)) if config.input else HERE / "input.txt"
+        out_dir = Path(os.path.expanduser(config.out_dir)) if config.out_dir else HERE
         if not config.input and not source.exists():
             download(source)
         prepare(source, out_dir, config.vocab_size)

@@ -12,6 +12,7 @@ band, bands, columns within a stack, stacks, transposition) make forty grids of 
 validation come from base grids of their own.
 """
 
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.common import check, knob, one_line_errors, open_streams, parse_knobs  # noqa: E402
-from lib.data import write_dataset  # noqa: E402
+from lib.common import check, knob, one_line_errors, open_streams, parse_knobs
+from lib.data import write_dataset
 
 CHARS = list("\n123456789")
 RECORD = 91        # characters of a grid
@@ -114,7 +115,7 @@ def main():
         check(10 <= config.grids <= 10_000_000,
               f"--grids must be in 10 to 10,000,000, not {config.grids}")
         check(0 <= config.seed < 2**63, f"--seed must be in 0 to 2**63 - 1, not {config.seed}")
-        out_dir = Path(config.out_dir).expanduser() if config.out_dir else HERE
+        out_dir = Path(os.path.expanduser(config.out_dir)) if config.out_dir else HERE
         train = make_grids(config.grids, config.seed)
         val = make_grids(config.grids // 10, config.seed + 1)
         write_dataset(out_dir, to_ids(train), to_ids(val), CHARS, record=RECORD, training=TRAINING)

@@ -42,12 +42,12 @@ def main():
     parser.add_argument("--path", default=SHIPPED, help="the checkpoint")
     parser.add_argument("--save_filename", help="write the calibrated model to this checkpoint")
     args = parser.parse_args()
-    device, _ = pick_device()
-    dtype, _ = pick_dtype("auto", device)
+    device = pick_device()
+    dtype = pick_dtype("auto", device)
     choose_attention(device)
     model, vocab, info = load_checkpoint(resolve_path(args.path), device)
     L = model.config.block_size
-    _, val_data, _ = load_data(data_folder("shakespeare_char", ""), L, vocab)
+    val_data = load_data(data_folder("shakespeare_char"), L, vocab).val
     val_windows = val_data[:len(val_data) // L * L].reshape(-1, L)
     halves = [val_windows[start::2].ravel() for start in (0, 1)]
 
@@ -56,7 +56,7 @@ def main():
     for tau in TAUS:
         divided = divide_logits(model, tau)
         (chosen, se), (rest, rest_se) = (
-            measure(divided, half, vocab, 8, 64, autocast(dtype, device))[1:] for half in halves)
+            measure(divided, half, vocab, 8, 64, autocast(dtype, device)) for half in halves)
         found[tau] = chosen
         print(f"{tau:4.2f}  {chosen:9.4f} +- {se:.4f}  {rest:9.4f} +- {rest_se:.4f}", flush=True)
     best = min(found, key=found.get)

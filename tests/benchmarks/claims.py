@@ -29,16 +29,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from metrics import DISTINCT, JUDGED, ROOT, TITLES, Metrics, cut, draw, name_of, write
-from training import add_gradient, run_of, seconds
+from training import iteration, seconds, set_up
 
-import train
-from diffusion import next_token_losses, token_losses, unmask
+from diffusion import token_losses, unmask
 from lib.checkpoint import load_checkpoint, resolve_path
-from lib.data import data_folder, load_data
+from lib.data import cut_windows, data_folder, load_data
 from lib.device import autocast, choose_attention, pick_dtype
 from lib.evaluate import measure
 from lib.tokenizer import decode
-from lib.windows import cut_windows
+from lib.twin import Cached, next_token_losses
 from main import PAGE
 
 CONTESTANT = ["--n_layer=4", "--n_head=4", "--n_embd=256"]
@@ -59,14 +58,10 @@ HOLES += [("span", length) for length in (1, 2, 4, 8, 16, 32)]
 
 def seconds_per_iteration(flags):
     """Measure a few iterations of train.py with these flags."""
-    run = run_of(flags)
-
-    def iteration():
-        train.set_learning_rates(run)
-        add_gradient(run, run.model)
-        train.update_weights(run)
-        run.iteration += 1
-    return float(np.median([seconds(iteration, run.device) for _ in range(12)][2:]))
+    run, config, data = set_up(flags)
+    device = run.model.wte.weight.device
+    times = [seconds(lambda: iteration(run, config, data), device) for _ in range(12)]
+    return float(np.median(times[2:]))
 
 
 def train_all(args):
@@ -87,7 +82,8 @@ def likelihood(models, splits, vocab, context):
     for name, model in models.items():
         rows[name] = {split: measure(model, data, vocab, 8, 64, context)
                       for split, data in splits.items()}
-        (measured, t, t_se), (_, v, v_se) = rows[name]["train"], rows[name]["val"]
+        measured = "NLL" if model.config.causal else "NELBO"
+        (t, t_se), (v, v_se) = rows[name]["train"], rows[name]["val"]
         print(f"| {name}: {measured} | {t:.4f} ± {t_se:.4f} | {v:.4f} ± {v_se:.4f} | "
               f"{v / math.log(2):.4f} |", flush=True)
     return rows
@@ -156,7 +152,8 @@ def missing(models, data, context, n_windows):
         g = torch.Generator().manual_seed(0)
         W = n_windows if kind == "random" else 4 * n_windows
         L = models["diffusion"].config.block_size
-        x = cut_windows(data, torch.linspace(0, len(data) - L, W).long(), L)
+        starts = np.linspace(0, len(data) - L, W).astype(int)
+        x = torch.from_numpy(cut_windows(data, starts, L))
         hidden = hide(kind, size, W, L, g)
         n_hidden = hidden.sum(1)
         bits = dict(diffusion=diffusion_bits(models["diffusion"], x, hidden, context, g),
@@ -182,7 +179,7 @@ def diffusion_bits(model, x, hidden, context, g, passes=8):
         rank = torch.rand(x.shape, generator=g).masked_fill(~hidden, 2.0).argsort(1).argsort(1)
         mask = rank < n[:, None]
         with context:
-            losses = token_losses(model, torch.where(mask, mask_id, x), x, mask_id)
+            losses = token_losses(model, mask_id, x, torch.where(mask, mask_id, x))
         bits += (losses * mask).sum(1) / n / passes / math.log(2)
     return bits
 
@@ -204,10 +201,10 @@ def twin_fill(model, x, hidden):
     """Fill one hidden character after the other, from left to right, with the likeliest one given
     the characters to its left."""
     W, L = x.shape
-    mask_id, cache = model.config.mask_id, model.make_cache(W, L)
+    mask_id, cached = model.config.mask_id, Cached(model, W, L)
     page = torch.cat([torch.full((W, 1), mask_id), x.masked_fill(hidden, mask_id)], dim=1)
     for i in range(L):
-        best = model(page[:, i:i + 1], cache, i)[:, 0, :mask_id].argmax(1)
+        best = cached(page[:, i:i + 1])[:, 0, :mask_id].argmax(1)
         page[:, i + 1] = torch.where(hidden[:, i], best, page[:, i + 1])
     return page[:, 1:]
 
@@ -231,10 +228,9 @@ def main():
         load_checkpoint(resolve_path(path)) for path in (args.diffusion, args.twin, args.judge))
     assert twin.config.causal and judge.config.causal and not diffusion.config.causal
     assert vocab == judge_vocab
-    train_data, val_data, _ = load_data(data_folder("shakespeare_char", ""),
-                                        diffusion.config.block_size, vocab)
-    device = torch.device("cpu")
-    dtype, _ = pick_dtype("auto", device)
+    data = load_data(data_folder("shakespeare_char"), diffusion.config.block_size, vocab)
+    train_data, val_data, device = data.train, data.val, torch.device("cpu")
+    dtype = pick_dtype("auto", device)
     context = autocast(dtype, device)
     choose_attention(device)
     models = dict(diffusion=diffusion, twin=twin)
@@ -251,7 +247,7 @@ def main():
     splits = dict(train=train_data[:len(val_data)], val=val_data)
     result["likelihood"] = likelihood(models, splits, vocab, context)
     torch.backends.cuda.enable_flash_sdp(True)  # main.py does without choose_attention
-    fast = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}
+    fast = {name: copy.deepcopy(model).to(getattr(torch, dtype)) for name, model in models.items()}
     metrics = Metrics(judge, vocab, decode(train_data, vocab))
     result["writing"] = rows = writing(fast, metrics, vocab, decode(val_data, vocab), args.pages)
     result["missing"] = missing(models, val_data, context, args.windows)

@@ -9,21 +9,23 @@ Each csv is the loss curve that train.py wrote beside a model of batches of 64 w
 characters. Needs matplotlib: pip install ".[picture]".
 """
 
+import argparse
 import csv
-import sys
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 EPOCHS_PER_ITERATION = 64 * 256 / 1_003_854    # characters of an iteration, of the training text
 
 
 def main():
-    path, *curves = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="of the picture")
+    parser.add_argument("curves", nargs="+", help="label=X.pt.csv")
+    args = parser.parse_args()
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    for curve in curves:
+    for curve in args.curves:
         label, _, name = curve.partition("=")
         with open(name, newline="") as f:
             rows = list(csv.DictReader(f))
@@ -33,7 +35,7 @@ def main():
     ax.set_title("The twin learns faster, and overfits sooner; diffusion goes on improving")
     ax.grid(alpha=0.2)
     ax.legend(frameon=False)
-    fig.savefig(path, dpi=110)
+    fig.savefig(args.path, dpi=110)
 
 
 if __name__ == "__main__":

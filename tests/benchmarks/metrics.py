@@ -10,6 +10,7 @@ validation text, cut into pages and scored in the same way. A "better" score tha
 is not better: repetition, for example, pleases the judge.
 """
 
+import argparse
 import math
 import re
 import sys
@@ -20,8 +21,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from diffusion import left_to_right, next_token_losses, unmask
+from diffusion import unmask
 from lib.tokenizer import encode
+from lib.twin import left_to_right, next_token_losses
 from main import PAGE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,8 +142,7 @@ def write(model, how, pages, batch):
 
 def name_of(how):
     """Return the name of unmask(**how) in a table."""
-    extra = [f"blocks of {how['block_length']}"] if how.get("block_length") else []
-    extra += [f"revise {how['revise']}"] if how.get("revise") else []
+    extra = [f"revise {how['revise']}"] if how.get("revise") else []
     return ", ".join([how["remasking"], f"temperature {how['temperature']}",
                       f"{how['steps']} steps", *extra])
 
@@ -248,6 +249,8 @@ def rows_of(table):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, title in TITLES.items():
         table = Path(__file__).with_name(f"{name}.md")
         draw(rows_of(table), ROOT / "assets" / f"{name}.png", title)

@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +29,12 @@ import diffusion
 from lib.checkpoint import load_checkpoint, resolve_path
 from lib.data import data_folder, load_data
 from lib.device import pick_device
-from lib.windows import spread_windows
+from lib.evaluate import spread_windows
+from lib.likelihood import exact_nll
+from lib.llada import unmask_blocks
 
 ORDERS = {  # what exact_nll is given
-    "left to right": dict(remasking="random", block_length=1),
+    "left to right": dict(sampler=partial(unmask_blocks, block_length=1)),
     "most confident first": dict(remasking="low_confidence"),
     "largest margin first": dict(remasking="margin"),
     "lowest entropy first": dict(remasking="entropy"),
@@ -56,9 +59,8 @@ def measure(model, windows, order, steps, batch_size=64):
     generator = torch.Generator(windows.device).manual_seed(0)
     parts = tqdm(windows.split(batch_size), desc=f"{order}, {steps} steps", leave=False,
                  disable=None)
-    return torch.cat([diffusion.exact_nll(model, part, model.config.mask_id, steps,
-                                          generator=generator, **ORDERS[order])
-                      for part in parts]).cpu()
+    return torch.cat([exact_nll(model, part, model.config.mask_id, steps, generator=generator,
+                                **ORDERS[order]) for part in parts]).cpu()
 
 
 def mean_and_error(x):
@@ -111,12 +113,12 @@ def main():
     parser.add_argument("--picture", help="draw the table to this file")
     args = parser.parse_args()
     diffusion.writing_order = writing_order
-    device, why = pick_device()
+    device = pick_device()
     model, vocab, _ = load_checkpoint(resolve_path(args.path), device)
-    _, val_data, _ = load_data(data_folder("shakespeare_char", ""), 256, vocab)
+    val_data = load_data(data_folder("shakespeare_char"), 256, vocab).val
     windows = spread_windows(val_data, args.windows * 256, 256).to(device)
     orders, all_steps = args.orders.split(","), [int(n) for n in args.steps.split(",")]
-    print(f"{time.strftime('%Y-%m-%d')}, {device} ({why}), float32, {args.path}, "
+    print(f"{time.strftime('%Y-%m-%d')}, {device}, float32, {args.path}, "
           f"{len(windows)} windows\n", flush=True)
     found = {(order, n): measure(model, windows, order, n) for n in all_steps for order in orders}
     print_tables(found, orders, all_steps)

@@ -58,13 +58,13 @@ def main():
     parser.add_argument("--pages", type=int, default=32, help="per setting, a multiple of 16")
     args = parser.parse_args()
     model, vocab, _ = load_checkpoint(resolve_path(args.path))
-    dtype, why = pick_dtype("auto", torch.device("cpu"))
-    model.to(dtype)
-    *data, _ = load_data(data_folder("shakespeare_char", ""), model.config.block_size, vocab)
-    train_text, val_text = (decode(ids, vocab) for ids in data)
+    dtype = pick_dtype("auto", torch.device("cpu"))
+    model.to(getattr(torch, dtype))
+    data = load_data(data_folder("shakespeare_char"), model.config.block_size, vocab)
+    train_text, val_text = decode(data.train, vocab), decode(data.val, vocab)
     metrics = Metrics(None, vocab, train_text)
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {torch.__version__}, "
-          f"{dtype} ({why}), {args.pages} pages, seed {args.seed}\n\n"
+          f"{dtype}, {args.pages} pages, seed {args.seed}\n\n"
           "| steps, temperature, revise, order | words that exist | distinct 4-grams | seconds |"
           "\n|---|---|---|---|", flush=True)
     show("real validation text", metrics(cut(val_text, model.config.block_size - 1)), "")

@@ -12,6 +12,7 @@ each model; the share of the words in 32 pages that occur in the training text; 
 1,000 characters of pages that are written one at a time, with main.py's defaults.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -30,21 +31,27 @@ from main import PAGE, TWIN
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="checkpoints")
+    args = parser.parse_args()
     device = torch.device("cpu")
-    dtype, _ = pick_dtype("auto", device)
+    dtype = pick_dtype("auto", device)
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {dtype}\n\n"
           "| model | vocabulary | characters per token | minutes | train nats per character | "
           "validation nats per character | words that exist | seconds per 1,000 characters |\n"
           "|" + "---|" * 8)
-    for name in sys.argv[1:]:
+    for name in args.models:
         model, vocab, info = load_checkpoint(resolve_path(name))
-        train_data, val_data, _ = load_data(data_folder("shakespeare_char", ""), 256, vocab)
+        text = load_data(data_folder("shakespeare_char"), 256, vocab)
+        train_data, val_data = text.train, text.val
         choose_attention(device)
-        (measured, nats, se), (_, train_nats, _) = (
+        measured = "NLL" if model.config.causal else "NELBO"
+        (nats, se), (train_nats, _) = (
             measure(model, data, vocab, 8, 16, autocast(dtype, device))
             for data in (val_data, train_data[:len(val_data)]))
         torch.backends.cuda.enable_flash_sdp(True)  # main.py does without choose_attention
-        model.to(dtype)
+        model.to(getattr(torch, dtype))
         how = TWIN if model.config.causal else PAGE
         pages = [decode(ids, vocab) for ids in write(model, how, 32, 16)[0]]
         ids, seconds, _ = write(model, how, 3, 1)

@@ -20,13 +20,13 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import main as sampler
-from lib.common import parse_knobs
 from lib.data import data_folder, load_data
 from lib.tokenizer import decode
 
@@ -46,10 +46,12 @@ def holes_of(row, text, generator):
     return (np.arange(len(text)) >= start) & (np.arange(len(text)) < start + length)
 
 
-def fill(given):
-    """Return what main.py prints when it is given these flags, {name: value}."""
-    with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()):
-        sampler.run(sampler.SampleConfig(**given), given)
+def fill(text, flags):
+    """Return what main.py --infill=text prints with these flags."""
+    argv = ["main.py", f"--infill={text}", *flags]
+    with (mock.patch.object(sys, "argv", argv), redirect_stdout(io.StringIO()) as output,
+          redirect_stderr(io.StringIO())):
+        sampler.main()
     return output.getvalue()
 
 
@@ -59,10 +61,9 @@ def main():
     parser.add_argument("--texts", type=int, default=10, help="how many (default: %(default)s)")
     parser.add_argument("--rows", default=",".join(ROWS),
                         help="of the table, between commas (default: %(default)s)")
-    args, sys.argv[1:] = parser.parse_known_args()
-    given = parse_knobs(sampler.SampleConfig, sampler.__doc__)
-    _, val_data, vocab = load_data(data_folder("shakespeare_char", ""), LENGTH)
-    corpus = decode(val_data, vocab)
+    args, flags = parser.parse_known_args()
+    data = load_data(data_folder("shakespeare_char"), LENGTH)
+    corpus = decode(data.val, data.vocab)
     starts = np.linspace(0, len(corpus) - LENGTH, args.texts).astype(int)
     estimate, all_equal = sampler.missing_rates, lambda model, x, mask_id, _: torch.ones(mask_id)
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.texts} texts\n\n"
@@ -76,7 +77,7 @@ def main():
             holes.append(hole.sum())
             for rates, of_text in right.items():
                 sampler.missing_rates = rates
-                filled = fill({**given, "infill": "".join(np.where(hole, "_", text))})
+                filled = fill("".join(np.where(hole, "_", text)), flags)
                 of_text.append((np.array(list(filled[:LENGTH])) == text)[hole].sum())
         cells = []
         for of_text in right.values():

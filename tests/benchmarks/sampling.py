@@ -120,14 +120,14 @@ def main():
     args = parser.parse_args()
     (model, vocab, _), (twin, _, _), (judge, _, _) = (
         load_checkpoint(resolve_path(path)) for path in (args.path, args.twin, args.judge))
-    full, (dtype, why) = copy.deepcopy(model), pick_dtype("auto", torch.device("cpu"))
-    model.to(dtype)
-    twin.to(dtype)
+    full, dtype = copy.deepcopy(model), pick_dtype("auto", torch.device("cpu"))
+    model.to(getattr(torch, dtype))
+    twin.to(getattr(torch, dtype))
     T = model.config.block_size
-    *data, _ = load_data(data_folder("shakespeare_char", ""), T, vocab)
-    train_text, val_text = (decode(ids, vocab) for ids in data)
+    data = load_data(data_folder("shakespeare_char"), T, vocab)
+    train_text, val_text = decode(data.train, vocab), decode(data.val, vocab)
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, "
-          f"{torch.__version__}, {dtype} ({why})\n"
+          f"{torch.__version__}, {dtype}\n"
           f"{args.pages} pages of {T} characters for each row but the first\n")
     rows = measure(model, full, twin, Metrics(judge, vocab, train_text), vocab, val_text,
                    args.pages)

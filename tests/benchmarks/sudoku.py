@@ -33,12 +33,14 @@ import prepare
 from claims import seconds_per_iteration
 from metrics import ROOT
 
-from diffusion import certainty, left_to_right, next_token_losses, unmask, unmask_until_sure
+from diffusion import unmask
 from lib.checkpoint import load_checkpoint, resolve_path
 from lib.common import read_text
 from lib.data import data_folder, load_data, write_dataset
 from lib.device import pick_dtype
 from lib.puzzles import read_puzzles
+from lib.search import SURE, certainty, unmask_until_sure
+from lib.twin import left_to_right, next_token_losses
 from main import INFILL, PUZZLE
 
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
@@ -53,7 +55,6 @@ RULES = [  # name, arguments of unmask, cells per step
     ("surest first", INFILL, 4),
     ("surest first", INFILL, 8),
     ("surest first, three quarters of the steps revise 30 %", dict(INFILL, revise=0.3), 0.5),
-    ("surest first, guidance 0.5", dict(INFILL, cfg_scale=0.5), 1),
     ("random order", dict(remasking="random", temperature=0.0), 1),
     ("dilated, temperature 1, revise 30 %, 32 steps",
      dict(remasking="dilated", temperature=1.0, revise=0.3), None),
@@ -137,7 +138,7 @@ def solve_file(model, args):
     def solve(x):
         for page in unmask_until_sure(model, x, EMPTY, **PUZZLE):
             yield page
-        answers.append(certainty(model, page, x == EMPTY, EMPTY).item() >= PUZZLE["sure"])
+        answers.append(certainty(model, page, x == EMPTY, EMPTY).item() >= SURE)
     solved, passes, seconds = solve_all(map(solve, to_page(quizzes).split(1)), quizzes)
     sure = np.array(answers)
     print(f"{args.file}: {len(quizzes)} puzzles: {solved.sum()} solved "
@@ -195,8 +196,8 @@ def train_twin(args):
 
 def load_grids(args):
     """Return the grids for training and those for validation, each (N, 9, 9)."""
-    *splits, _ = load_data(Path(args.data_dir), prepare.RECORD)
-    return [to_grids(ids.reshape(-1, prepare.RECORD)) for ids in splits]
+    data = load_data(Path(args.data_dir), prepare.RECORD)
+    return [to_grids(ids.reshape(-1, prepare.RECORD)) for ids in (data.train, data.val)]
 
 
 def main():
@@ -207,13 +208,13 @@ def main():
     parser.add_argument("--train_twin", action="store_true")
     parser.add_argument("--puzzles", type=int, default=200)
     parser.add_argument("--file", help="solve the puzzles of this file, in any common notation")
-    parser.add_argument("--data_dir", default=data_folder("sudoku", ""))
+    parser.add_argument("--data_dir", default=data_folder("sudoku"))
     args = parser.parse_args()
     if args.train_twin:
         return train_twin(args)
     model, _, info = load_checkpoint(resolve_path(args.model))
-    dtype, _ = pick_dtype("auto", torch.device("cpu"))
-    model.to(dtype)
+    dtype = pick_dtype("auto", torch.device("cpu"))
+    model.to(getattr(torch, dtype))
     print(f"{info['command']}: {info['minutes']:.1f} minutes; {args.puzzles} puzzles each; "
           f"{torch.get_num_threads()} threads, {dtype}\n")
     if args.file:
@@ -236,7 +237,7 @@ def main():
         print_row(name, per_step or "", results)
     if resolve_path(args.twin).exists():
         twin, _, info = load_checkpoint(resolve_path(args.twin))
-        twin.to(dtype)
+        twin.to(getattr(torch, dtype))
         for tries in (1, PUZZLE["tries"]):
             results = [solve_all([solve_with_twin(twin, to_page(quizzes), tries)], quizzes)
                        for quizzes in sets.values()]

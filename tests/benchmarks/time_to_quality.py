@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from training import add_gradient, run_of, sync
+from training import iteration, set_up, sync
 
-import train
 from diffusion import forward_process
+from lib.device import autocast
 from lib.evaluate import measure
 
 
@@ -38,20 +38,19 @@ def independent_t(input_ids, mask_id, eps, generator, p_max):
 
 def seconds_to(target, cap, flags, masking):
     """Train until the NELBO is at target. masking: forward_process or independent_t."""
-    run = run_of(flags)
+    run, config, data = set_up(flags)
+    device = run.model.wte.weight.device
     if masking is independent_t:  # PyTorch's default, which train.py changes on a CPU
         torch.backends.cuda.enable_flash_sdp(True)
     spent, best = 0.0, float("inf")
     while spent < cap:
         start = time.perf_counter()
-        train.set_learning_rates(run)
-        add_gradient(run, run.model, masking)
-        train.update_weights(run)
-        run.iteration += 1
-        sync(run.device)
+        iteration(run, config, data, forward_process=masking)
+        sync(device)
         spent += time.perf_counter() - start
         if run.iteration % 50 == 0:
-            _, nelbo, _ = measure(run.ema, run.val_data[:2**16], run.vocab, 2, 64, run.autocast())
+            nelbo, _ = measure(run.ema, data.val[:2**16], data.vocab, 2, 64,
+                               autocast(config.dtype, device))
             best = min(best, nelbo)
             print(f"  {run.iteration:5} iterations, {spent:4.0f} s: {nelbo:.3f}", file=sys.stderr)
             if nelbo <= target:

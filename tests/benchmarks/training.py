@@ -34,10 +34,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
-from diffusion import autoregressive_loss, diffusion_loss, forward_process
-from lib.data import write_dataset
-from lib.device import Processes
-from lib.run import set_up
+from diffusion import diffusion_loss, forward_process
+from lib.common import parse_knobs
+from lib.data import data_folder, load_data, write_dataset
+from lib.device import Processes, autocast
+from lib.muon import make_optimizers
+from lib.run import Files
+from lib.twin import autoregressive_loss
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
@@ -73,21 +76,27 @@ def profile(f):
     return {kind: us / kinds.total() for kind, us in kinds.most_common()}
 
 
-def run_of(flags):
-    """Return the Run that train.py would set up for these flags."""
+def set_up(flags):
+    """Return what train.py would set up for these flags: the Run, its config and its data."""
     with mock.patch.object(sys, "argv", ["train.py", *flags]):
-        return set_up(*train.parse_args(Processes()), Processes(), train.make_optimizers)
+        given = parse_knobs(train.TrainConfig, train.__doc__)
+    config, device, *_ = train.resolve(given, Files(Path("none.pt")), Processes())
+    data = load_data(data_folder(config.dataset, config.data_dir), config.block_size)
+    return train.set_up(config, device, data), config, data
 
 
-def add_gradient(run, net, forward_process=forward_process):
-    """Do the first half of an iteration of train.py's loop; train.update_weights is the second."""
-    config, mask_id = run.config, run.model.config.mask_id
+def iteration(run, config, data, net=None, forward_process=forward_process, update=True):
+    """Do what an iteration of train.py's loop does; without update, the first half of it."""
+    mask_id = run.model.config.mask_id
     generator = torch.Generator().manual_seed(train.seed_for(config.seed, run.iteration))
-    batch = [train.get_batch(run.train_data, config, generator, run.record)]
-    if not config.causal:
-        batch += forward_process(batch[0], mask_id, config.eps, generator, config.p_max)
+    input_ids = train.get_batch(data.train, config, generator, data.record)
+    batch = (input_ids, *forward_process(input_ids, mask_id, config.eps, generator, config.p_max))
+    train.set_learning_rates(run, config)
     loss_function = autoregressive_loss if config.causal else diffusion_loss
-    train.accumulate_gradient(net, loss_function, batch, run)
+    train.add_gradient(net or run.model, loss_function, batch, run, config, Processes())
+    if update:
+        train.update_weights(run, config)
+        run.iteration += 1
 
 
 def main():
@@ -96,22 +105,23 @@ def main():
     ids = np.random.default_rng(0).integers(0, len(vocab), 1_000_000)
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder), ids, ids, vocab)
-        measure(run_of([*size, *sys.argv[1:], "--learning_rate=1e-6", "--muon_lr=1e-6",
-                        f"--data_dir={folder}"]))
+        measure(*set_up([*size, *sys.argv[1:], "--learning_rate=1e-6", "--muon_lr=1e-6",
+                         f"--data_dir={folder}"]))
 
 
-def measure(run):
-    config, device, model, mask_id = run.config, run.device, run.model, run.model.config.mask_id
+def measure(run, config, data):
+    model, mask_id = run.model, run.model.config.mask_id
+    device, dtype = model.wte.weight.device, getattr(torch, config.dtype)
     B, T = config.batch_size * config.gradient_accumulation_steps, config.block_size
     n = sum(p.numel() for p in model.parameters())
     flops = B * T * (6 * n + 12 * config.n_layer * config.n_embd * T)
     net = torch.compile(model) if config.compile else model
     plain_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     fused_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    adamw = train.make_optimizers(model, dataclasses.replace(config, muon=False))
+    adamw = make_optimizers(model, dataclasses.replace(config, muon=False))
     adamw_run = dataclasses.replace(run, optimizers=adamw)
-    a = torch.randn(B * T, config.n_embd, device=device, dtype=run.dtype)
-    b = torch.randn(config.n_embd, 4 * config.n_embd, device=device, dtype=run.dtype)
+    a = torch.randn(B * T, config.n_embd, device=device, dtype=dtype)
+    b = torch.randn(config.n_embd, 4 * config.n_embd, device=device, dtype=dtype)
 
     def own_loop(net, optimizer, autocast, move):
         data = np.memmap(Path(config.data_dir) / "train.bin", dtype=np.uint16, mode="r")
@@ -130,19 +140,16 @@ def measure(run):
         own_loop(model, plain_optimizer, nullcontext(), lambda z: z.to(device)).item()
 
     def nanogpt_step():
-        own_loop(net, fused_optimizer, run.autocast(), lambda z: train.to_device(z, device))
+        own_loop(net, fused_optimizer, autocast(config.dtype, device),
+                 lambda z: train.to_device(z, device))
 
     def gradient():
-        add_gradient(run, net)
-
-    def iteration(run):
-        add_gradient(run, net)
-        train.update_weights(run)
+        iteration(run, config, data, net, update=False)
 
     sides = {"a plain float32 loop": plain_step,
              **({"a loop like nanoGPT's": nanogpt_step} if device.type == "cuda" else {}),
-             "train.py --muon=False": lambda: iteration(adamw_run),
-             "train.py": lambda: iteration(run),
+             "train.py --muon=False": lambda: iteration(adamw_run, config, data, net),
+             "train.py": lambda: iteration(run, config, data, net),
              "its forward and backward": gradient,
              "matrix product": lambda: [a @ b for _ in range(20)]}
     times = {name: [] for name in sides}
@@ -168,7 +175,7 @@ def measure(run):
     if device.type == "cpu":
         update = "clipping, Muon, AdamW and EMA"
         for name, f in (("forward and backward", gradient),
-                        (update, lambda: train.update_weights(run))):
+                        (update, lambda: train.update_weights(run, config))):
             shares = "; ".join(f"{kind} {share:.0%}" for kind, share in profile(f).items())
             gradient()  # the update needs one
             print(f"\n{name}: {shares}")

@@ -2,9 +2,9 @@
 Draw a replay that main.py --html wrote as a moving picture, in the look of assets/replay.html.
 
     python main.py --seed=1 --html=run.html
-    python tests/benchmarks/run_gif.py run.html assets/run.gif
+    python tests/run_gif.py run.html assets/run.gif
     python main.py --path=sudoku --infill=assets/puzzle.txt --html=run.html
-    python tests/benchmarks/run_gif.py run.html assets/sudoku.gif 24    # of larger letters
+    python tests/run_gif.py run.html assets/sudoku.gif 24    # of larger letters
 
 There is one frame for each state of the first page, or for every second one of a long run. Masks
 are grey, fresh characters have a yellow background, and the others are coloured from blue (decided
@@ -12,10 +12,10 @@ first) to red (decided last). The script needs Pillow (pip install pillow) and t
 Mono, where Debian's fonts-dejavu-core installs it.
 """
 
+import argparse
 import colorsys
 import json
 import re
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -87,13 +87,19 @@ def frames_of(states, size, every):
 
 
 def main():
-    source, target, size = [*sys.argv[1:], "16"][:3]
-    states, palette = states_of(Path(source).read_text(encoding="utf-8")), Image.new("P", (1, 1))
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="the replay, an .html file")
+    parser.add_argument("target", help="the .gif file to write")
+    parser.add_argument("size", nargs="?", type=int, default=16, help="of the letters, in pixels")
+    args = parser.parse_args()
+    states = states_of(Path(args.source).read_text(encoding="utf-8"))
+    palette = Image.new("P", (1, 1))
     palette.putpalette([value for color in (PAPER, DIM, MASK, FRESH, INK, *HUES)
                         for value in color])
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE)
-              for frame in frames_of(states, int(size), 1 + len(states) // 48)]
-    frames[0].save(target, save_all=True, append_images=frames[1:], loop=0, optimize=True,
+              for frame in frames_of(states, args.size, 1 + len(states) // 48)]
+    frames[0].save(args.target, save_all=True, append_images=frames[1:], loop=0, optimize=True,
                    duration=[FIRST, *[EACH] * (len(frames) - 2), LAST])
 
 

@@ -3,8 +3,8 @@ Do the scripts survive damaged files, flags that make no sense, and kills at ran
 case must either work or end in one line of error, and a killed run must resume to the same weights,
 bit for bit. This is not part of the test suite, because it takes half an hour:
 
-    python tests/benchmarks/hostile.py                     # everything
-    python tests/benchmarks/hostile.py kills --count=20    # or: checkpoints, states, flags
+    python tests/hostile.py                     # everything
+    python tests/hostile.py kills --count=20    # or: checkpoints, states, flags
 """
 
 import argparse
@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main as main_script
 import train as train_script
 from lib.checkpoint import load_checkpoint, save_checkpoint
@@ -117,8 +117,8 @@ def states(count, rng, folder):
     base = [*TINY, f"--data_dir={text_data(folder)}", f"--save_filename={folder / 'x'}"]
     evaluate = train_script.evaluate
 
-    def crash(run):
-        evaluate(run) if run.iteration == 2 else 1 / 0
+    def crash(model, config, data, iteration):
+        return evaluate(model, config, data, iteration) if iteration == 2 else 1 / 0
 
     for name, seed in (("a", 1), ("b", 2)):  # each run saves its state at iteration 2 and crashes
         with (mock.patch.object(train_script, "evaluate", crash),
@@ -141,8 +141,7 @@ def states(count, rng, folder):
 
 
 def flags(count, rng, folder):
-    """With any values of any flags, the exit status must be 0, or 2 with one line. (Where training
-    diverges, it is 1.)"""
+    """With any values of any flags, the exit status must be 0, or 2 with one line."""
     save_checkpoint(folder / "m.pt", GPT(GPTConfig(16, 4, 1, 2, 16)), list("a\nb"))
     small = {"gen_length", "num_samples", "steps", "max_iters", "batch_size", "n_embd", "n_layer",
              "gradient_accumulation_steps", "eval_passes", "block_size"}
@@ -163,8 +162,7 @@ def flags(count, rng, folder):
                     chosen.append(f"--{name}={value}")
             code, errors = call(module, *base, *chosen)
             refused += code == 2
-            diverged = code == 1 and "diverged" in "".join(errors)
-            assert code == 0 or diverged or is_refused(code, errors), (base, chosen, errors)
+            assert code == 0 or is_refused(code, errors), (base, chosen, errors)
         lines.append(f"{count} flag sets of {module.__name__}.py: {refused} refused in one line, "
                      f"{count - refused} worked")
     return "\n".join(lines)
