@@ -14,8 +14,8 @@ another project.
 Names follow LLaDA (arXiv 2502.09992). input_ids are clean tokens x_0, and noisy_batch is x_t: the
 same tokens, masked at masked_indices. In the sampler, x0 are the model's predictions and x0_p their
 probabilities (at temperature 1). transfer_index marks the places that a step writes, and
-num_transfer_tokens is how many. LLaDA predicts all masks, and then masks again what the step does
-not write: hence "remasking" for the order of writing.
+num_transfer_tokens is how many. LLaDA predicts all masks, and masks the rest again; here the rest
+remains masked. Hence "remasking" for the order of writing.
 """
 
 import math
@@ -29,16 +29,16 @@ import torch.nn.functional as F
 def forward_process(input_ids, mask_id, eps=1e-3, generator=None, p_max=1.0):
     """Mask each token independently with probability p_mask (LLaDA, arXiv 2502.09992, sec. 2.1).
     Each row has a time t, uniform on [0, 1], and p_mask grows linearly from eps at t = 0 to p_max
-    at t = 1. One of the B times falls in each of B equal parts of [0, 1], so that every batch has
-    lightly and heavily masked rows (MDLM, arXiv 2406.07524). p_max is below 1 for puzzles, which
-    can't be solved from nothing.
+    at t = 1. [0, 1] is cut into B equal parts, and each part gets one of the times, so that every
+    batch has lightly and heavily masked rows (MDLM, arXiv 2406.07524). p_max is below 1 for
+    puzzles, which can't be solved from nothing.
 
     input_ids (B, T): clean tokens on the CPU; generator: a torch.Generator on the CPU. Returns
     noisy_batch, masked_indices (bool) and p_mask, each (B, T).
 
-    For another increasing p(t) > 0, mask with it, and return p(t) / p'(t) as the third value, where
-    p' is the derivative: the loss divides by that value, and the NELBO needs the weight
-    p'(t) / p(t). (Here p' is a constant, and is left out.)"""
+    For another increasing p(t) > 0, mask with p(t), but return p(t) / p'(t) as the third value,
+    where p' is the derivative: the loss divides by it, so that each token has the weight
+    p'(t) / p(t). (Here p' is a constant, so p(t) alone is returned.)"""
     B, T = input_ids.shape
     t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B   # (B,)
     p_mask = ((p_max - eps) * t + eps)[:, None].expand(B, T)
@@ -74,9 +74,9 @@ def token_losses(model, mask_id, input_ids, noisy_batch):
 def estimate_nelbo(model, windows, mask_id, passes=8, batch_size=64, seed=0):
     """Estimate the NELBO with less noise than diffusion_loss (LLaDA, arXiv 2502.09992, eq. 14;
     RADD, arXiv 2406.03736): mask exactly n of the L tokens of a window, where n is uniform on 1..L,
-    and average the cross-entropy of these n tokens. The expectation is the same bound. Within a
-    pass, the values of n are spread evenly over 1..L. The same seed gives every model the same
-    masks.
+    and average the cross-entropy of these n tokens. With n / L in the place of p_mask, the
+    expectation is the same bound. Within a pass, the values of n are spread evenly over 1..L. The
+    same seed gives every model the same masks.
 
     windows (W, L): token ids, on the model's device; passes: at least 2, each over all windows.
     Returns the mean of the passes and its standard error over the passes, in nats per token."""
@@ -89,7 +89,7 @@ def estimate_nelbo(model, windows, mask_id, passes=8, batch_size=64, seed=0):
         total = 0.0
         for w in torch.arange(W).split(batch_size):
             input_ids = windows[w]                                        # (B, L)
-            rank = torch.rand(len(w), L, generator=g).argsort(dim=1).argsort(dim=1)  # 0 to L - 1
+            rank = torch.rand(len(w), L, generator=g).argsort(dim=1).argsort(dim=1)  # random
             masked_indices = rank < n[w, None]                            # n in each row
             noisy_batch = torch.where(masked_indices.to(windows.device), mask_id, input_ids)
             losses = token_losses(model, mask_id, input_ids, noisy_batch).cpu()
@@ -114,10 +114,10 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", revise
     steps: the number of forward passes, at least 1. Fewer run if no mask is left.
     temperature: 0 takes the likeliest token, 1 draws from the model's distribution.
     remasking: which predictions are written first (see writing_order).
-    revise: between 0, which disables it, and 1. A quarter of the steps write a draft. Each later
-    step masks a share of the written tokens again, and rewrites all of them at once. The share is
-    revise at first, and then decreases linearly. What was improbable when it was written is masked
-    more often (after ReMDM, arXiv 2503.00307).
+    revise: between 0, which disables it, and 1. The first quarter of the steps writes a draft. Each
+    later step masks a share of it again, and rewrites that share at once. The share is revise at
+    first, and then decreases linearly. What was improbable when it was written is masked more often
+    (after ReMDM, arXiv 2503.00307).
     threshold: a step also writes all predictions whose probability exceeds this (after Fast-dLLM,
     arXiv 2505.22618). 1 disables it.
     generator: a torch.Generator on x's device."""
@@ -127,14 +127,14 @@ def unmask(model, x, mask_id, steps, temperature=1.0, remasking="random", revise
     draft_steps = math.ceil(steps / 4) if revise else steps
     for step in range(steps):
         num_transfer_tokens = n_masks // draft_steps + (step < n_masks % draft_steps)
-        if step >= draft_steps:  # the draft is complete: mask some of it again, to rewrite it
+        if step >= draft_steps:  # the draft is complete: mask this many again, then rewrite them
             num_transfer_tokens = (revise * (steps - step) / (steps - draft_steps) * n_masks).ceil()
-            doubt = -(p_written.log() + gumbel(p_written, generator))     # noise varies the choice
+            doubt = -(p_written.log() + gumbel(p_written, generator))     # keep by weight p_written
             x = torch.where(highest(doubt, num_transfer_tokens), mask_id, x)
             yield x
         masked = x == mask_id                                             # (B, T)
         if not masked.any():
-            continue  # threshold was fast; a later step may mask again
+            continue  # all are written early; a later step may mask again
         logits = model(x)[..., :mask_id].double()                         # (B, T, mask_id)
         x0 = (logits + temperature * gumbel(logits, generator)).argmax(dim=-1)    # (B, T)
         p = logits.softmax(dim=-1)
@@ -157,8 +157,8 @@ def writing_order(remasking, p, x0_p, noise):
         return noise
     if remasking == "low_confidence":  # LLaDA's: tokens of low confidence stay masked
         return x0_p
-    if remasking == "dilated":  # after DUS (arXiv 2506.19037): what a step writes is far apart, as
-        # multiples of the golden ratio, modulo 1, that are close to each other have distant indices
+    if remasking == "dilated":  # after DUS (arXiv 2506.19037): places of a step are far apart. If
+        # two multiples of the golden ratio are close modulo 1, their indices are distant
         multiples = torch.arange(noise.shape[1], device=noise.device) * ((math.sqrt(5) - 1) / 2)
         return (multiples + noise[:, :1]) % 1
     raise ValueError(f"remasking must be random, dilated or low_confidence, not {remasking}")

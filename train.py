@@ -8,8 +8,9 @@ diffusion.py has the algorithm, model.py the network.
     python train.py --eval_only --init_from=X        # the NELBO of any checkpoint on any data
     python train.py --save_filename=X --n_layer=2 --n_embd=64 --n_head=1 --max_iters=200   # a toy
 
-At each evaluation, a run writes X.pt (if the model is the best so far), X.pt.csv (the loss curve)
-and X.pt.state, from which --resume continues. The last is removed when the run is complete.
+At each evaluation, a run writes X.pt.csv (the loss curve), X.pt (if the model is the best so far)
+and X.pt.state. --resume continues from X.pt.state, which is also written at the start and when the
+run is stopped, and is removed at the end.
 
 N processes, one for each GPU or CPU core, share the work of each iteration. On one machine, use the
 first torchrun below (if it hangs, add --local-addr=127.0.0.1: the machine does not know its own
@@ -80,26 +81,28 @@ def train(run, config, data, files, processes):
                 run.minutes = (time.perf_counter() - started) / 60
                 if processes.rank == 0:
                     row = None if interrupted else evaluate(run, config, data, alone and signals)
-                    interrupted = row is None  # a signal may also end the evaluation
-                    files.keep_apart()
+                    interrupted = row is None  # if alone, a signal ends the evaluation early
+                    files.leave_name_to_others()
                     if row:
                         run.history.append(row)
                         run.losses.clear()
                         files.save_curve(run.history)
-                        say(f"sample: {short_sample(run.ema, config, data)}")
-                    new = not run.history or not files.path.exists()
-                    if new or row and row is best(run.history):
+                    unsaved = not run.history or not files.path.exists()
+                    if unsaved or row is best(run.history):
                         files.save_model(run, config, data)
                     files.save_state(run, config, data)
+                    if row:
+                        say(f"sample: {short_sample(run.ema, config, data)}")
                 if not alone:
                     dist.barrier()
                 progress.clock = time.perf_counter()  # the speed is that of training alone
             if interrupted or run.iteration == config.max_iters:
                 return interrupted
 
-            # what is drawn depends on seed, iteration and rank alone, so --resume draws the same
+            # batch and masks depend on seed and iteration alone, dropout also on the rank (NumPy
+            # ignores a final 0, hence 1 + rank), so --resume draws the same
             generator = torch.Generator().manual_seed(seed_for(config.seed, run.iteration))
-            torch.manual_seed(seed_for(config.seed, run.iteration, 1 + processes.rank))  # dropout
+            torch.manual_seed(seed_for(config.seed, run.iteration, 1 + processes.rank))
             input_ids = get_batch(data.train, config, generator, data.record)     # (B, T)
             noisy_batch, masked_indices, p_mask = forward_process(
                 input_ids, mask_id, config.eps, generator, config.p_max)          # each (B, T)
@@ -110,7 +113,7 @@ def train(run, config, data, files, processes):
             run.iteration += 1
             progress.update()
 
-            # reading a loss waits for the device, so most of them wait to be read together
+            # reading a loss stalls until the device is done, so several are read together
             if (run.iteration % config.log_interval == 0 or evaluation_is_due(run, config)
                     or alone and signals):
                 interrupted = read_losses(run, unread_losses, signals, data, processes)
@@ -160,7 +163,7 @@ def add_gradient(net, loss_function, batch, run, config, processes):
 
 def to_device(tensor, device):
     if device.type == "cuda":  # from pinned memory, a copy does not wait for the GPU
-        tensor = tensor.contiguous().pin_memory()  # p_mask is one column, expanded
+        tensor = tensor.contiguous().pin_memory()  # contiguous: p_mask is one column, expanded
     return tensor.to(device, non_blocking=True)
 
 
@@ -169,7 +172,7 @@ def update_weights(run, config):
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    if not run.scaler.is_enabled() or norm.isfinite():  # float16: an overflow skips both
+    if not run.scaler.is_enabled() or norm.isfinite():  # float16: an overflow skips the step
         for optimizer in run.optimizers:
             run.scaler.step(optimizer)
     run.scaler.update()
@@ -241,12 +244,12 @@ def resolve(given, files, processes):
         if config.init_from:
             *base, _ = load_checkpoint(resolve_path(config.init_from))
             source, free = config.init_from, {"vocab_size", "dropout"}
-            if not config.eval_only:  # no weights depend on these two
+            if not config.eval_only:  # neither qk_norm nor causal has weights
                 free |= {"qk_norm", "causal"} & set(given)
             fixed = {name: v for name, v in asdict(base[0].config).items() if name not in free}
         config = TrainConfig(**{**defaults, **of_data, **fixed, **given})
     for name, value in fixed.items():
-        check(name in FREE_ON_RESUME or getattr(config, name) in (value, "auto"),
+        check(name in FREE_ON_RESUME or getattr(config, name) in (value, "auto"),  # of --dtype
               f"--{name}={getattr(config, name)} is not what {source} has ({value}): leave it out")
     config.dtype = pick_dtype(config.dtype, device)
     check(config.eps < config.p_max,
@@ -260,7 +263,6 @@ def resolve(given, files, processes):
 
 def set_up(config, device, data, base=None):
     """Return a new Run, starting from the weights of base, [model, vocab], if there is one."""
-    choose_attention(device)
     torch.manual_seed(config.seed)
     sizes = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
     model = GPT(GPTConfig(vocab_size=len(data.vocab) + 1, **sizes))
@@ -291,19 +293,20 @@ def main():
         given = parse_knobs(TrainConfig, __doc__, [("on CUDA", CUDA_DEFAULTS)])
         files = Files(resolve_path(given.get("save_filename", TrainConfig.save_filename)))
         config, device, state, base = resolve(given, files, processes)
+        choose_attention(device)
         vocab = state["vocab"] if state else base[1] if base else None
         data = load_data(data_folder(config.dataset, config.data_dir), config.block_size, vocab,
                          grow=base and not config.eval_only)
         if config.eval_only:
             check(base, "--eval_only needs --init_from=X, the checkpoint to evaluate")
             config.eval_tokens, config.eval_passes = None, max(8, config.eval_passes)
-            evaluate(Run(None, base[0].to(device), [], None), config, data)
+            evaluate(Run(None, base[0].to(device), optimizers=[], scaler=None), config, data)
             return
         run = set_up(config, device, data, base)
         if state:
             files.restore_state(run, state, data)
         elif processes.rank == 0:
-            files.move_aside()
+            files.move_old_files_aside()
             files.save_state(run, config, data)
         interrupted = train(run, config, data, files, processes)
         if processes.rank == 0:

@@ -73,7 +73,7 @@ class Files:
         save_object(f"{self.path}.state", dict(state, config=asdict(config), vocab=data.vocab,
                                                crc32=data.meta["crc32"], id=self.id))
 
-    def keep_apart(self):
+    def leave_name_to_others(self):
         """If another run of the same name has moved the files aside, go on under a free name."""
         try:
             own = load_object(f"{self.path}.state")["id"] == self.id
@@ -111,7 +111,7 @@ class Files:
             raise ValueError(f"{self.path}.state is damaged: remove it to start afresh") from e
         say(f"resuming {self.path} at iteration {run.iteration:,}")
 
-    def move_aside(self):
+    def move_old_files_aside(self):
         """Rename what an earlier run left here to a free name."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         backup, ends = free_name(self.path), existing(self.path)

@@ -37,7 +37,7 @@ import train
 from diffusion import diffusion_loss, forward_process
 from lib.common import parse_knobs
 from lib.data import data_folder, load_data, write_dataset
-from lib.device import Processes, autocast
+from lib.device import Processes, autocast, choose_attention
 from lib.muon import make_optimizers
 from lib.run import Files
 from lib.twin import autoregressive_loss
@@ -82,6 +82,7 @@ def set_up(flags):
         given = parse_knobs(train.TrainConfig, train.__doc__)
     config, device, *_ = train.resolve(given, Files(Path("none.pt")), Processes())
     data = load_data(data_folder(config.dataset, config.data_dir), config.block_size)
+    choose_attention(device)
     return train.set_up(config, device, data), config, data
 
 
