@@ -71,16 +71,17 @@ def token_losses(model, mask_id, input_ids, noisy_batch):
 # evaluation
 
 @torch.no_grad()
-def estimate_nelbo(model, windows, mask_id, passes=8, batch_size=64, seed=0):
+def estimate_nelbo(model, windows, mask_id, passes=8, batch_size=64, seed=0, prompt_length=0):
     """Estimate the NELBO with less noise than diffusion_loss (LLaDA, arXiv 2502.09992, eq. 14;
     RADD, arXiv 2406.03736): mask exactly n of the L tokens of a window, where n is uniform on 1..L,
     and average the cross-entropy of these n tokens. With n / L in the place of p_mask, the
     expectation is the same bound. Within a pass, the values of n are spread evenly over 1..L. The
     same seed gives every model the same masks.
 
-    windows (W, L): token ids, on the model's device; passes: at least 2, each over all windows.
+    windows (W, L): token ids, on the model's device; passes: at least 2, each over all windows;
+    prompt_length: the first tokens of each window, which are always visible and do not count.
     Returns the mean of the passes and its standard error over the passes, in nats per token."""
-    W, L = windows.shape
+    W, L = len(windows), windows.shape[1] - prompt_length
     g = torch.Generator().manual_seed(seed)
     means = []
     for _ in range(passes):
@@ -90,7 +91,7 @@ def estimate_nelbo(model, windows, mask_id, passes=8, batch_size=64, seed=0):
         for w in torch.arange(W).split(batch_size):
             input_ids = windows[w]                                        # (B, L)
             rank = torch.rand(len(w), L, generator=g).argsort(dim=1).argsort(dim=1)  # random
-            masked_indices = rank < n[w, None]                            # n in each row
+            masked_indices = F.pad(rank < n[w, None], (prompt_length, 0))  # n in each row
             noisy_batch = torch.where(masked_indices.to(windows.device), mask_id, input_ids)
             losses = token_losses(model, mask_id, input_ids, noisy_batch).cpu()
             total += ((losses * masked_indices).sum(dim=1).double() / n[w]).sum().item()

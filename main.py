@@ -27,15 +27,16 @@ import lib  # isort: skip  # noqa: F401  # before torch: see lib/__init__.py
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from diffusion import unmask
 from lib.checkpoint import load_checkpoint, resolve_path
-from lib.common import check, knob, one_line_errors, open_streams, parse_knobs, read_text, text_of
+from lib.common import check, knob, one_line_errors, open_streams, parse_knobs, text_of
 from lib.device import home_of, on_its_device, pick_device, pick_dtype
+from lib.dialogue import END, converse
 from lib.likelihood import score
 from lib.llada import guided, unmask_blocks
 from lib.pages import begin_word, generate_pages, make_page, page_windows
@@ -51,11 +52,12 @@ SHIPPED = Path(__file__).resolve().parent / "pretrained_gpt_last.pt"
 # -----------------------------------------------------------------------------
 # a page of text
 
-def write_pages(config, model, vocab, record):
-    """Write num_samples pages, with masks wherever text is wanted, and print them."""
+def write_pages(config, model, vocab, info):
+    """Write num_samples pages, with masks wherever text is wanted, print them, and return the text
+    of the last one. info: that of the checkpoint."""
     mask_id, block_size = model.config.mask_id, model.config.block_size
     predictor = on_its_device(model)
-    ids, hidden, new_word = make_page(config, vocab, model.config, record)
+    ids, hidden, new_word = make_page(config, vocab, model.config, info)
     x = torch.tensor([ids] * config.num_samples, device=home_of(model))   # (B, T)
     generator = torch.Generator(x.device).manual_seed(config.seed)
     if new_word:
@@ -63,22 +65,22 @@ def write_pages(config, model, vocab, record):
     if config.infill is not None:
         predictor = weighted(predictor, missing_rates(predictor, x[0], mask_id, block_size))
 
-    def fill(window):
-        return sample(config, model, predictor, window, generator)
-
     windows = page_windows(x[0] == mask_id, block_size)
     steps = config.steps * len(windows) if config.steps else int((x[0] == mask_id).sum())
-    pages = (page[:, hidden:] for page in generate_pages(fill, x, mask_id, windows))
-    states, summary = watch(pages, x[:, hidden:], steps, vocab, mask_id, config)
+    pages = generate_pages(lambda window: sample(config, model, predictor, window, generator),
+                           x, mask_id, windows)
+    states, summary = watch((page[:, hidden:] for page in pages), x[:, hidden:], steps, vocab,
+                            mask_id, config)
     for number, row in enumerate(states[-1].tolist(), 1):
         if config.num_samples > 1:
             print(f"--- {number} of {config.num_samples}", file=sys.stderr)
-        text = shown(row, vocab)
+        text = shown(row, vocab, END if info.get("prompt") else None)
         end = "" if config.infill is not None and text.endswith("\n") else "\n"
         print("\f" if number > 1 else "", text, sep="", end=end, flush=True)
     print(summary, file=sys.stderr)
     if config.html:
         save_replay(config.html, states, mask_id, vocab)
+    return text
 
 
 def sample(config, model, predictor, x, generator):
@@ -102,13 +104,12 @@ def sample(config, model, predictor, x, generator):
 
 def resolve(given, model, record):
     """Return the SampleConfig: flags that are given, {name: value}, count first, then the defaults
-    of what is to be written (PAGE and so on). Its prompt, infill and score hold the texts that
-    these flags mean. ValueError for flags that do not go together."""
+    of what is to be written (PAGE and so on). Its infill and score hold the texts that these flags
+    mean. ValueError for flags that do not go together."""
     config, infilling = SampleConfig(**given), "infill" in given
     config.infill = text_of(config.infill) if infilling else None
     config.score = text_of(config.score) if "score" in given else None
     config.html = config.html and os.path.expanduser(config.html)
-    config.prompt = read_text("-") if config.prompt == "-" else config.prompt
     check(len(config.mask_char) == 1, f"--mask_char={config.mask_char!r} is not one character")
     check(not infilling or not given.keys() & {"prompt", "gen_length"},
           "--infill goes with neither --prompt nor --gen_length: the page is its text")
@@ -130,7 +131,7 @@ def resolve(given, model, record):
     elif infilling:
         gaps = re.findall(f"{re.escape(config.mask_char)}+", config.infill)
         check(gaps, f"--infill={given['infill'][:60]!r} has no holes ({config.mask_char}) to fill")
-        defaults = INFILL if max(map(len, gaps)) < LONG_GAP else PAGE
+        defaults = INFILL if max(map(len, gaps)) < 64 else PAGE  # a long gap is like a page
     for name in defaults.keys() - given.keys():
         setattr(config, name, defaults[name])
     return config
@@ -140,8 +141,7 @@ def main():
     with one_line_errors("try fewer --num_samples or a smaller --gen_length"):
         given = parse_knobs(SampleConfig, __doc__, DEFAULTS)
         device = pick_device(given.get("device", "auto"))
-        path = resolve_path(given.get("path", SHIPPED))
-        model, vocab, info = load_checkpoint(path, device)
+        model, vocab, info = load_checkpoint(resolve_path(given.get("path", SHIPPED)), device)
         record = info.get("record", 1)
         config = resolve(given, model, record)
         if config.score is not None:
@@ -150,8 +150,10 @@ def main():
         model.to(getattr(torch, pick_dtype(config.dtype, device)))
         if config.infill is not None and side_of(record):
             solve_puzzles(config, model, vocab, side_of(record), sample)
+        elif info.get("prompt") and not given.keys() & {"prompt", "infill"} and sys.stdin.isatty():
+            converse(lambda text: write_pages(replace(config, prompt=text), model, vocab, info))
         else:
-            write_pages(config, model, vocab, record)
+            write_pages(config, model, vocab, info)
 
 
 # -----------------------------------------------------------------------------
@@ -191,7 +193,6 @@ PAGE = dict(steps=32, temperature=0.8, remasking="dilated", revise=0.3)
 INFILL = dict(temperature=0.0, remasking="low_confidence", revise=0.0)
 PUZZLE = dict(tries=64, threshold=0.999)
 TWIN = dict(temperature=0.8)
-LONG_GAP = 64       # holes in a row from which --infill writes like a page
 DEFAULTS = (("of a page", PAGE), ("with --infill", INFILL), ("of puzzles", PUZZLE),
             ("of a twin", TWIN))
 UNMASK = ("steps", "temperature", "remasking", "revise", "block_length", "cfg_scale")

@@ -106,6 +106,10 @@ def train(run, config, data, files, processes):
             input_ids = get_batch(data.train, config, generator, data.record)     # (B, T)
             noisy_batch, masked_indices, p_mask = forward_process(
                 input_ids, mask_id, config.eps, generator, config.p_max)          # each (B, T)
+            if data.prompt_length:  # of pairs, only the answers are masked
+                masked_indices[:, :data.prompt_length] = False
+                noisy_batch = torch.where(masked_indices, mask_id, input_ids)
+                p_mask = p_mask * (1 - data.prompt_length / data.record)  # loss per token of these
             batch = (input_ids, noisy_batch, masked_indices, p_mask)
             set_learning_rates(run, config)
             unread_losses.append(add_gradient(net, loss_function, batch, run, config, processes))

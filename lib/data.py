@@ -26,6 +26,7 @@ class Data:
 
     def __post_init__(self):
         self.record = self.meta.get("record", 1)  # tokens of a record: 91 for a Sudoku, 1 for text
+        self.prompt_length = self.meta.get("prompt", 0)  # of pairs: what precedes the answer
         self.characters_per_token = characters_per_token(self.train, self.vocab)
 
 
@@ -87,7 +88,7 @@ def load_data(folder, block_size, vocab=None, grow=False):
     its end. ValueError for data that can't be trained on."""
     meta = read_meta(folder)
     own_vocab, record = meta["chars"], meta.get("record", 1)
-    check(block_size % record == 0,
+    check(block_size == record if "prompt" in meta else block_size % record == 0,
           f"--block_size must be a multiple of {record}, the length of a record, not {block_size}")
     vocab = vocab or own_vocab
     unknown = sorted(set("".join(own_vocab)) - set(vocab))
@@ -105,6 +106,7 @@ def load_data(folder, block_size, vocab=None, grow=False):
         check(not odd and ids.max() < len(own_vocab),
               f"{path} does not belong to the meta.json beside it: run prepare.py again")
         splits.append(ids if vocab == own_vocab else encode(decode(ids, own_vocab), vocab))
+        check(record == 1 or len(splits[-1]) == n, "these records need a model of characters")
     return Data(*splits, vocab, meta)
 
 

@@ -13,6 +13,7 @@ from diffusion import estimate_nelbo, unmask
 from lib.common import printable, say
 from lib.data import characters_per_token, cut_windows
 from lib.device import autocast, home_of, on_its_device
+from lib.dialogue import END, readable
 from lib.tokenizer import decode
 from lib.twin import estimate_nll, left_to_right
 
@@ -34,7 +35,7 @@ def evaluate(run, config, data, signals=()):
     for split, ids in (("train", data.train), ("val", data.val)):
         try:
             nats, se = row[split], row[f"{split}_se"] = measure(
-                model, ids, data.vocab, config.eval_passes, config.batch_size, context,
+                model, ids, data, config.eval_passes, config.batch_size, context,
                 config.eval_tokens, signals)
         except InterruptedError:
             return None
@@ -45,15 +46,19 @@ def evaluate(run, config, data, signals=()):
     return row
 
 
-def measure(model, ids, vocab, passes, batch_size, context, n_tokens=None, signals=()):
-    """Return (nats per character, standard error) for ids (N,), or for n_tokens of them, spread
-    evenly: the bound (NELBO), whose standard error is over passes, or the twin's exact value (NLL),
-    whose standard error is over windows. context: of lib.device.autocast.
+def measure(model, ids, data, passes, batch_size, context, n_tokens=None, signals=()):
+    """Return (nats per character, standard error) for ids (N,), a split of data, or for n_tokens of
+    them, spread evenly: the bound (NELBO), whose standard error is over passes, or the twin's exact
+    value (NLL), whose standard error is over windows. Of pairs, it is that of the answers, given
+    the prompts. context: of lib.device.autocast.
 
     The sum over the windows' tokens is divided by their number of characters, so that models of
     different vocabularies can be compared."""
     windows = spread_windows(ids, n_tokens or len(ids), model.config.block_size)
-    length = characters_per_token(windows.numpy(), vocab)
+    counted_tokens = windows[:, data.prompt_length:].numpy()
+    length = characters_per_token(counted_tokens, data.vocab)
+    if data.prompt_length:  # what fills up an answer is no character of it
+        length *= float((counted_tokens != data.vocab.index(END)).mean())
     windows = windows.to(model.wte.weight.device)
     causal, mask_id = model.config.causal, model.config.mask_id
     n_calls = (1 if causal else passes) * math.ceil(len(windows) / batch_size)
@@ -64,20 +69,23 @@ def measure(model, ids, vocab, passes, batch_size, context, n_tokens=None, signa
             bar.update()
             return model(idx)
         if causal:
-            nats, se = estimate_nll(counted, windows, mask_id, batch_size)
+            nats, se = estimate_nll(counted, windows, mask_id, batch_size, data.prompt_length)
         else:
-            nats, se = estimate_nelbo(counted, windows, mask_id, passes, batch_size)
+            nats, se = estimate_nelbo(counted, windows, mask_id, passes, batch_size,
+                                      prompt_length=data.prompt_length)
     return nats / length, se / length
 
 
 @torch.no_grad()
 def short_sample(model, config, data, length=96):
     """Return a line that shows what the model writes by now: about length tokens from a line's
-    start or, of a model of records, a record. Line ends are shown as " / "."""
+    start; of a model of records, a record; or an answer to the first prompt of the validation data.
+    Line ends are shown as " / "."""
     mask_id, length = model.config.mask_id, min(length, model.config.block_size)
     x = torch.full((1, length if data.record == 1 else data.record), mask_id, device=home_of(model))
     if "\n" in data.vocab and data.record == 1:
         x[0, 0] = data.vocab.index("\n")
+    x[0, :data.prompt_length] = torch.from_numpy(data.val[:data.prompt_length].astype(np.int64))
     generator = torch.Generator(x.device).manual_seed(0)
     with autocast(config.dtype, model.wte.weight.device):
         if model.config.causal:
@@ -85,4 +93,6 @@ def short_sample(model, config, data, length=96):
         else:
             *_, x = unmask(on_its_device(model), x, mask_id, steps=32, temperature=0.8,
                            remasking="dilated", revise=0.3, generator=generator)
-    return printable(decode(x[0].tolist(), data.vocab)).strip("\n").replace("\n", " / ")
+    text = readable(decode(x[0].tolist(), data.vocab)) if data.prompt_length else \
+        decode(x[0].tolist(), data.vocab)
+    return printable(text).strip("\n").replace("\n", " / ")

@@ -4,24 +4,32 @@ block, which are written in windows, one after the other.
 """
 
 import re
+import sys
 
 import torch
 import torch.nn.functional as F
 
 from diffusion import gumbel
-from lib.common import check, unify_line_ends
+from lib.common import check, read_text, say, unify_line_ends
+from lib.dialogue import prompt_tokens
 from lib.tokenizer import encode
 
 
-def make_page(config, vocab, model_config, record):
+def make_page(config, vocab, model_config, info):
     """Return the ids of the page, mask_id wherever text is wanted; how many of them not to show;
     and whether the first token to write must begin with a space. config has the flags of main.py
-    infill, mask_char, prompt and gen_length."""
-    hidden, gen_length, new_word = 0, 0, False
-    if config.infill is not None:
+    infill, mask_char, prompt and gen_length. The page of a model of pairs is a record."""
+    hidden, gen_length, new_word, prompt_length = 0, 0, False, info.get("prompt", 0)
+    record = 1 if prompt_length else info.get("record", 1)
+    prompt = read_text("-") if config.prompt == "-" else unify_line_ends(config.prompt)
+    if prompt_length and config.infill is None:
+        flag, text, holes, hidden = "--prompt", prompt_tokens(prompt), "", prompt_length
+        if len(prompt) >= prompt_length:
+            say(f"--prompt is long: its last {prompt_length - 1} characters count", sys.stderr)
+    elif config.infill is not None:
         flag, text, holes = "--infill", config.infill, config.mask_char
     else:
-        flag, text, holes = "--prompt", unify_line_ends(config.prompt), ""
+        flag, text, holes = "--prompt", prompt, ""
         new_word = text.endswith(" ") and any(len(token) > 1 for token in vocab)
         text = text[:-1] if new_word else text  # word pieces begin with their space
         if not text and "\n" in vocab and record == 1:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lib.checkpoint import load_object, save_checkpoint, save_object
 from lib.common import check, say, write_atomically
+from lib.puzzles import side_of
 
 PLAIN = ("iteration", "minutes", "losses", "history")  # fields of a Run that are plain values
 
@@ -53,7 +54,8 @@ class Files:
     def save_model(self, run, config, data):
         row = run.history[-1] if run.history else {}
         save_checkpoint(self.path, run.ema, data.vocab, iteration=run.iteration,
-                        minutes=run.minutes, record=data.record, hyperparameters=asdict(config),
+                        minutes=run.minutes, record=data.record, prompt=data.prompt_length,
+                        hyperparameters=asdict(config),
                         nelbo={split: row.get(split) for split in ("train", "val")},
                         device=run.ema.wte.weight.device.type, command=" ".join(sys.argv))
 
@@ -132,10 +134,11 @@ class Files:
                 os.unlink(f"{self.path}.state")
             except OSError as e:
                 say(f"warning: {self.path}.state is no longer needed ({e.strerror})", sys.stderr)
-            row, puzzle = best(run.history), data.record > 1 and not run.ema.config.causal
+            row, puzzle = best(run.history), side_of(data.record) and not run.ema.config.causal
+            how = " --infill=assets/puzzle.txt" if puzzle else ""
             say(f"done in {run.minutes:.1f} minutes: iteration {row['iteration']:,} is the best, "
                 f"{row['val']:.4f} nats per character on validation. Now: python main.py "
-                f"--path={shlex.quote(str(self.path))}" + " --infill=assets/puzzle.txt" * puzzle)
+                f"--path={shlex.quote(str(self.path))}{how}")
 
 
 # -----------------------------------------------------------------------------

@@ -27,11 +27,12 @@ def autoregressive_loss(model, mask_id, input_ids, *_):
 
 
 @torch.no_grad()
-def estimate_nll(model, windows, mask_id, batch_size=64):
+def estimate_nll(model, windows, mask_id, batch_size=64, prompt_length=0):
     """The twin's counterpart of estimate_nelbo: the mean over windows (W, L) of the exact negative
     log-likelihood, in nats per token, and its standard error (infinite for a single window)."""
-    nll = torch.cat([next_token_losses(model, mask_id, part).mean(dim=1).cpu()
-                     for part in windows.split(batch_size)]).double()     # (W,)
+    losses = torch.cat([next_token_losses(model, mask_id, part).cpu()
+                        for part in windows.split(batch_size)])           # (W, L)
+    nll = losses[:, prompt_length:].mean(dim=1).double()                  # (W,)
     se = nll.std().item() / math.sqrt(len(nll)) if len(nll) > 1 else math.inf
     return nll.mean().item(), se
 

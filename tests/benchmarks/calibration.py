@@ -47,8 +47,8 @@ def main():
     choose_attention(device)
     model, vocab, info = load_checkpoint(resolve_path(args.path), device)
     L = model.config.block_size
-    val_data = load_data(data_folder("shakespeare_char"), L, vocab).val
-    val_windows = val_data[:len(val_data) // L * L].reshape(-1, L)
+    data = load_data(data_folder("shakespeare_char"), L, vocab)
+    val_windows = data.val[:len(data.val) // L * L].reshape(-1, L)
     halves = [val_windows[start::2].ravel() for start in (0, 1)]
 
     print(f"{'tau':>4}  {'where it is chosen':>18}  {'on the other half':>18}")
@@ -56,7 +56,7 @@ def main():
     for tau in TAUS:
         divided = divide_logits(model, tau)
         (chosen, se), (rest, rest_se) = (
-            measure(divided, half, vocab, 8, 64, autocast(dtype, device)) for half in halves)
+            measure(divided, half, data, 8, 64, autocast(dtype, device)) for half in halves)
         found[tau] = chosen
         print(f"{tau:4.2f}  {chosen:9.4f} +- {se:.4f}  {rest:9.4f} +- {rest_se:.4f}", flush=True)
     best = min(found, key=found.get)

@@ -74,14 +74,14 @@ def train_all(args):
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
-def likelihood(models, splits, vocab, context):
+def likelihood(models, splits, text, context):
     """Measure the likelihood of both splits: for diffusion the bound, for the twin the exact
     value."""
     print("\n| | train nats | validation nats | validation bits |\n|---|---|---|---|")
     rows = {}
     for name, model in models.items():
-        rows[name] = {split: measure(model, data, vocab, 8, 64, context)
-                      for split, data in splits.items()}
+        rows[name] = {split: measure(model, ids, text, 8, 64, context)
+                      for split, ids in splits.items()}
         measured = "NLL" if model.config.causal else "NELBO"
         (t, t_se), (v, v_se) = rows[name]["train"], rows[name]["val"]
         print(f"| {name}: {measured} | {t:.4f} ± {t_se:.4f} | {v:.4f} ± {v_se:.4f} | "
@@ -245,7 +245,7 @@ def main():
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters; "
               f"{result['trained'][name]}")
     splits = dict(train=train_data[:len(val_data)], val=val_data)
-    result["likelihood"] = likelihood(models, splits, vocab, context)
+    result["likelihood"] = likelihood(models, splits, data, context)
     torch.backends.cuda.enable_flash_sdp(True)  # main.py does without choose_attention
     fast = {name: copy.deepcopy(model).to(getattr(torch, dtype)) for name, model in models.items()}
     metrics = Metrics(judge, vocab, decode(train_data, vocab))

@@ -48,8 +48,8 @@ def main():
         choose_attention(device)
         measured = "NLL" if model.config.causal else "NELBO"
         (nats, se), (train_nats, _) = (
-            measure(model, data, vocab, 8, 16, autocast(dtype, device))
-            for data in (val_data, train_data[:len(val_data)]))
+            measure(model, ids, text, 8, 16, autocast(dtype, device))
+            for ids in (val_data, train_data[:len(val_data)]))
         torch.backends.cuda.enable_flash_sdp(True)  # main.py does without choose_attention
         model.to(getattr(torch, dtype))
         how = TWIN if model.config.causal else PAGE

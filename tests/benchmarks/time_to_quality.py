@@ -49,7 +49,7 @@ def seconds_to(target, cap, flags, masking):
         sync(device)
         spent += time.perf_counter() - start
         if run.iteration % 50 == 0:
-            nelbo, _ = measure(run.ema, data.val[:2**16], data.vocab, 2, 64,
+            nelbo, _ = measure(run.ema, data.val[:2**16], data, 2, 64,
                                autocast(config.dtype, device))
             best = min(best, nelbo)
             print(f"  {run.iteration:5} iterations, {spent:4.0f} s: {nelbo:.3f}", file=sys.stderr)

@@ -1,0 +1,30 @@
+"""
+Pairs of a prompt and an answer, for models that answer and know where an answer ends. A record is
+the prompt, filled up with END at its left; ANSWER; and the answer, filled up with END at its right.
+"""
+
+RECORD, PROMPT = 256, 128       # tokens of a record, and of its prompt with ANSWER
+ANSWER, END = "\x02", "\x03"    # the ASCII control characters STX and ETX
+
+
+def prompt_tokens(text):
+    """Return the part of a record before the answer. Of a text that is too long, the end counts."""
+    return text[-(PROMPT - 1):].rjust(PROMPT - 1, END) + ANSWER
+
+
+def readable(record):
+    """Return the text of a record as prompt -> answer."""
+    prompt, _, answer = record.partition(ANSWER)
+    return f"{prompt.lstrip(END)} -> {answer.split(END)[0]}"
+
+
+def converse(answer):
+    """Read lines from the terminal until Ctrl-D, and print what answer(text) returns for each; text
+    is the exchange so far."""
+    exchange = ""
+    while True:
+        try:
+            exchange += input("> ") + "\n"
+        except EOFError:
+            return print()
+        exchange += answer(exchange.rstrip("\n")) + "\n"
