@@ -36,7 +36,7 @@ from diffusion import unmask
 from lib.checkpoint import load_checkpoint, resolve_path
 from lib.common import check, knob, one_line_errors, open_streams, parse_knobs, text_of
 from lib.device import home_of, on_its_device, pick_device, pick_dtype
-from lib.dialogue import END, converse
+from lib.dialogue import ANSWER, END, converse
 from lib.likelihood import score
 from lib.llada import guided, unmask_blocks
 from lib.pages import begin_word, generate_pages, make_page, page_windows
@@ -74,7 +74,7 @@ def write_pages(config, model, vocab, info):
     for number, row in enumerate(states[-1].tolist(), 1):
         if config.num_samples > 1:
             print(f"--- {number} of {config.num_samples}", file=sys.stderr)
-        text = shown(row, vocab, END if info.get("prompt") else None)
+        text = shown(row, vocab, ANSWER + END if info.get("prompt") else "")
         end = "" if config.infill is not None and text.endswith("\n") else "\n"
         print("\f" if number > 1 else "", text, sep="", end=end, flush=True)
     print(summary, file=sys.stderr)

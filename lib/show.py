@@ -48,10 +48,12 @@ def watch(states, page, steps, vocab, mask_id, config):
     return kept, f"[{passes} steps in {seconds:.1f} s; seed {config.seed}]"
 
 
-def shown(ids, vocab, end=None):
-    """Return the text of ids up to end, with escapes for control characters if it goes to a
-    terminal."""
-    text = decode(ids, vocab).split(end)[0] if end else decode(ids, vocab)
+def shown(ids, vocab, ends=""):
+    """Return the text of ids, up to the first of the characters ends, and with escapes for control
+    characters if it goes to a terminal."""
+    text = decode(ids, vocab)
+    for end in ends:
+        text = text.split(end)[0]
     return printable(text) if sys.stdout.isatty() else text
 
 
