@@ -34,6 +34,7 @@ def write_dataset(out_dir, train_ids, val_ids, vocab, **meta):
     """Write the three files to out_dir: train_ids and val_ids (N,), and the vocabulary (vocab[i] is
     the token of id i). Further keyword arguments are stored in meta.json: record (the data consist
     of records of so many tokens) and training (train.py's defaults for this data)."""
+    out_dir = Path(os.path.expanduser(out_dir))
     out_dir.mkdir(parents=True, exist_ok=True)
     crc32 = {}  # tells data sets apart: a run can only be resumed on its own data
     for name, ids in (("train.bin", train_ids), ("val.bin", val_ids)):

@@ -84,6 +84,7 @@ def frame(row, before, mask_id, vocab, footer, size):
     lines, column, first_mask = [""], 0, None
     for now, old in zip(row, before):
         for char in "░" if now == mask_id else vocab[now]:
+            char = char if char.isprintable() or char == "\n" else "·"
             width = columns_of(char)
             if char == "\n" or column + width > size[0]:
                 lines.append("")
@@ -91,7 +92,6 @@ def frame(row, before, mask_id, vocab, footer, size):
             if now == mask_id and first_mask is None:
                 first_mask = len(lines) - 1
             if char != "\n":
-                char = char if char.isprintable() else "·"
                 style = "30;43" if now != old else "2" if now == mask_id else "0"
                 lines[-1] += f"\x1b[{style}m{char}\x1b[0m"
                 column += width

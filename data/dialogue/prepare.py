@@ -103,8 +103,7 @@ def main():
             parts = speeches(text[:n]), speeches(text[n:])
         vocab = sorted(set("".join(part for pairs in parts for pair in pairs for part in pair)))
         vocab += [ANSWER, END]
-        out_dir = Path(os.path.expanduser(config.out_dir)) if config.out_dir else HERE
-        write_dataset(out_dir, *(to_records(pairs, vocab) for pairs in parts), vocab,
+        write_dataset(config.out_dir or HERE, *(to_records(pairs, vocab) for pairs in parts), vocab,
                       record=RECORD, prompt=PROMPT, training=TRAINING)
 
 

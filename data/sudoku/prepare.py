@@ -12,7 +12,6 @@ band, bands, columns within a stack, stacks, transposition) make forty grids of 
 validation come from base grids of their own.
 """
 
-import os
 import random
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.common import check, knob, one_line_errors, open_streams, parse_knobs
+from lib.common import knob, one_line_errors, open_streams, parse_knobs
 from lib.data import write_dataset
 
 CHARS = list("\n123456789")
@@ -38,8 +37,9 @@ TRAINING = dict(block_size=RECORD, n_layer=6, n_head=6, n_embd=192, rope=False, 
 
 @dataclass
 class PrepareConfig:
-    grids: int = knob(100_000, "grids for training; a tenth as many for validation", "grids")
-    seed: int = knob(1337, "of the grids")
+    grids: int = knob(100_000, "grids for training; a tenth as many for validation", "grids",
+                      low=10, high=10**7)
+    seed: int = knob(1337, "of the grids", low=0, high=2**63 - 1)
     out_dir: str = knob("", "folder for the three files; without it, the one of this script")
 
 
@@ -112,13 +112,10 @@ def to_ids(grids):
 def main():
     with one_line_errors("try fewer --grids"):
         config = PrepareConfig(**parse_knobs(PrepareConfig, __doc__))
-        check(10 <= config.grids <= 10_000_000,
-              f"--grids must be in 10 to 10,000,000, not {config.grids}")
-        check(0 <= config.seed < 2**63, f"--seed must be in 0 to 2**63 - 1, not {config.seed}")
-        out_dir = Path(os.path.expanduser(config.out_dir)) if config.out_dir else HERE
         train = make_grids(config.grids, config.seed)
         val = make_grids(config.grids // 10, config.seed + 1)
-        write_dataset(out_dir, to_ids(train), to_ids(val), CHARS, record=RECORD, training=TRAINING)
+        write_dataset(config.out_dir or HERE, to_ids(train), to_ids(val), CHARS, record=RECORD,
+                      training=TRAINING)
 
 
 if __name__ == "__main__":
