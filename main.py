@@ -36,7 +36,7 @@ from diffusion import unmask
 from lib.checkpoint import load_checkpoint, resolve_path
 from lib.common import check, knob, one_line_errors, open_streams, parse_knobs, text_of
 from lib.device import home_of, on_its_device, pick_device, pick_dtype
-from lib.dialogue import ANSWER, END, converse
+from lib.dialogue import ANSWER, END, at_terminal, converse
 from lib.likelihood import score
 from lib.llada import guided, unmask_blocks
 from lib.pages import begin_word, generate_pages, make_page, page_windows
@@ -150,7 +150,7 @@ def main():
         model.to(getattr(torch, pick_dtype(config.dtype, device)))
         if config.infill is not None and side_of(record):
             solve_puzzles(config, model, vocab, side_of(record), sample)
-        elif info.get("prompt") and not given.keys() & {"prompt", "infill"} and sys.stdin.isatty():
+        elif info.get("prompt") and not given.keys() & {"prompt", "infill"} and at_terminal():
             converse(lambda text: write_pages(replace(config, prompt=text), model, vocab, info))
         else:
             write_pages(config, model, vocab, info)

@@ -3,6 +3,8 @@ Pairs of a prompt and an answer, for models that answer and know where an answer
 the prompt, filled up with END at its left; ANSWER; and the answer, filled up with END at its right.
 """
 
+import sys
+
 RECORD, PROMPT = 256, 128       # tokens of a record, and of its prompt with ANSWER
 ANSWER, END = "\x02", "\x03"    # the ASCII control characters STX and ETX
 
@@ -16,6 +18,10 @@ def readable(record):
     """Return the text of a record as prompt -> answer."""
     prompt, _, answer = record.partition(ANSWER)
     return f"{prompt.lstrip(END)} -> {answer.split(END)[0]}"
+
+
+def at_terminal():
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def converse(answer):

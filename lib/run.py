@@ -78,9 +78,11 @@ class Files:
     def leave_name_to_others(self):
         """If another run of the same name has moved the files aside, go on under a free name."""
         try:
-            own = load_object(f"{self.path}.state")["id"] == self.id
-        except (OSError, ValueError, LookupError):
-            own = False
+            own = load_object(f"{self.path}.state").get("id") == self.id
+        except FileNotFoundError:
+            own = False  # the other run is complete
+        except (OSError, ValueError):
+            own = True   # the file can't be read just now, so nothing is known
         if not own:
             old, self.path = self.path, free_name(self.path)
             say(f"warning: another run has taken {old}; this one is now {self.path}", sys.stderr)

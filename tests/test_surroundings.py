@@ -144,6 +144,14 @@ def test_of_two_runs_of_one_name_both_end_with_their_files(train, tmp_path, monk
         assert train(*flags, "--resume").code == 0
 
 
+def test_a_state_that_can_t_be_read_for_a_moment_is_still_the_runs_own(train, tmp_path,
+                                                                      monkeypatch):
+    """As while a virus scanner has it."""
+    monkeypatch.setattr("lib.run.load_object", fails(errno.EACCES))
+    result = train(*RUN, f"--save_filename={tmp_path}/x")
+    assert result.code == 0 and errors_of(result) == [] and names(tmp_path) == ["x.pt", "x.pt.csv"]
+
+
 # -----------------------------------------------------------------------------
 # terminals
 

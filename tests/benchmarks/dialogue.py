@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import diffusion
 from diffusion import estimate_nelbo, unmask
 from lib.checkpoint import load_checkpoint, resolve_path
 from lib.data import data_folder, load_data
@@ -43,7 +44,20 @@ SETTINGS = [  # name, arguments of unmask or, with block_length, of unmask_block
     ("most confident first, 128 steps, temperature 0.8", dict(SURE, steps=128, temperature=0.8)),
     ("most confident first, blocks of 32, 128 steps", dict(SURE, steps=128, block_length=32)),
     ("most confident first, blocks of 8, 128 steps", dict(SURE, steps=128, block_length=8)),
+    ("most confident first, but ends last, 128 steps", dict(SURE, steps=128,
+                                                            remasking="ends last")),
 ]
+written_in_diffusion = diffusion.writing_order
+
+
+def order_with_ends_last(end):
+    """Return writing_order with one more order: the most confident first, but the token end after
+    all others, as LLaDA's generate can do (its flag confidence_eos_eot_inf)."""
+    def writing_order(remasking, p, x0_p, noise):
+        if remasking == "ends last":
+            return x0_p - 2 * (p.argmax(dim=-1) == end).double()
+        return written_in_diffusion(remasking, p, x0_p, noise)
+    return writing_order
 
 
 def windows_of(ids, record, count):
@@ -117,6 +131,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default="dialogue", help="the fine-tuned model")
     parser.add_argument("--pairs", type=int, default=32, help="answers for each row of the lengths")
+    parser.add_argument("--rows", default="", help="only the lengths, of rows whose name has this")
     parser.add_argument("--picture", help="draw the lengths to this file")
     args = parser.parse_args()
     model, vocab, info = load_checkpoint(resolve_path(args.path))
@@ -128,21 +143,23 @@ def main():
     windows = windows_of(data.val, info["record"], 256)
     pairs, others = texts_of(windows, vocab), windows.clone()
     others[:, :info["prompt"]] = windows[:, :info["prompt"]].roll(1, dims=0)
-    with autocast(dtype, torch.device("cpu")):
-        rows = {"before, with the length given": bound_before(before, plain_vocab, pairs[:64]),
-                "after": bound(model, windows, pairs, info["prompt"]),
-                "after, with the prompts of other pairs": bound(model, others, pairs,
+    bounds = {} if args.rows else {
+        "before, with the length given": lambda: bound_before(before, plain_vocab, pairs[:64]),
+        "after": lambda: bound(model, windows, pairs, info["prompt"]),
+        "after, with the prompts of other pairs": lambda: bound(model, others, pairs,
                                                                 info["prompt"])}
-        for name, (nats, se) in rows.items():
-            print(f"| {name} | {nats:.3f} ± {se:.3f} |", flush=True)
+    for name, measure in bounds.items():
+        with autocast(dtype, torch.device("cpu")):
+            print("| {} | {:.3f} ± {:.3f} |".format(name, *measure()), flush=True)
     model.to(getattr(torch, dtype))
+    diffusion.writing_order = order_with_ends_last(vocab.index(END))
     prompts = windows_of(data.val, info["record"], args.pairs)
     real = np.array([len(answer) for _, answer in pairs])
     lengths = {"real answers": real}
     print("\n| | characters | distance | empty | text after the end | seconds per answer |\n"
           f"|---|---|---|---|---|---|\n| real answers | {real.mean():.0f} ± {real.std():.0f} "
           "| | | | |", flush=True)
-    for name, settings in SETTINGS:
+    for name, settings in [row for row in SETTINGS if args.rows in row[0]]:
         began = time.perf_counter()
         answers = [decode(row, vocab) for row in write(model, prompts, info["prompt"],
                                                        settings).tolist()]
