@@ -71,10 +71,11 @@ def write_pages(config, model, vocab, info):
                            x, mask_id, windows)
     states, summary = watch((page[:, hidden:] for page in pages), x[:, hidden:], steps, vocab,
                             mask_id, config)
+    ends = ANSWER + END if info.get("prompt") and config.infill is None else ""
     for number, row in enumerate(states[-1].tolist(), 1):
         if config.num_samples > 1:
             print(f"--- {number} of {config.num_samples}", file=sys.stderr)
-        text = shown(row, vocab, ANSWER + END if info.get("prompt") else "")
+        text = shown(row, vocab, ends)
         end = "" if config.infill is not None and text.endswith("\n") else "\n"
         print("\f" if number > 1 else "", text, sep="", end=end, flush=True)
     print(summary, file=sys.stderr)
@@ -104,11 +105,10 @@ def sample(config, model, predictor, x, generator):
 
 def resolve(given, model, record):
     """Return the SampleConfig: flags that are given, {name: value}, count first, then the defaults
-    of what is to be written (PAGE and so on). Its infill and score hold the texts that these flags
-    mean. ValueError for flags that do not go together."""
+    of what is to be written (PAGE and so on). Its infill holds the text that the flag means.
+    ValueError for flags that do not go together."""
     config, infilling = SampleConfig(**given), "infill" in given
     config.infill = text_of(config.infill) if infilling else None
-    config.score = text_of(config.score) if "score" in given else None
     config.html = config.html and os.path.expanduser(config.html)
     check(len(config.mask_char) == 1, f"--mask_char={config.mask_char!r} is not one character")
     check(not infilling or not given.keys() & {"prompt", "gen_length"},
@@ -130,7 +130,7 @@ def resolve(given, model, record):
         defaults = INFILL if of_unmask else PUZZLE
     elif infilling:
         gaps = re.findall(f"{re.escape(config.mask_char)}+", config.infill)
-        check(gaps, f"--infill={given['infill'][:60]!r} has no holes ({config.mask_char}) to fill")
+        check(gaps, f"--infill={given['infill'][:60]!r} has no holes ({config.mask_char})")
         defaults = INFILL if max(map(len, gaps)) < 64 else PAGE  # a long gap is like a page
     for name in defaults.keys() - given.keys():
         setattr(config, name, defaults[name])
@@ -145,7 +145,7 @@ def main():
         record = info.get("record", 1)
         config = resolve(given, model, record)
         if config.score is not None:
-            print(score(model, vocab, config.score), flush=True)
+            print(score(model, vocab, text_of(config.score)), flush=True)
             return
         model.to(getattr(torch, pick_dtype(config.dtype, device)))
         if config.infill is not None and side_of(record):

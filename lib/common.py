@@ -181,8 +181,10 @@ def text_of(value):
     """Return the text that a flag's value means: standard input (-), a file (one of that name
     exists, or the value ends as names of text files do), or the value itself."""
     path = os.path.expanduser(value)
-    if value == "-" or os.path.isfile(path) or re.search(r"\.(txt|md|csv|tsv|sdk|sdm)$", value):
+    if value == "-" or os.path.isfile(path):
         return read_text(path)
+    check(not re.search(r"\.(txt|md|csv|tsv|sdk|sdm)$", value),
+          f"there is no file {value} (if it is a text, pipe it in, and give - as the value)")
     return unify_line_ends(value)
 
 

@@ -214,7 +214,7 @@ def test_a_value_means_a_file_if_it_ends_like_one_or_is_one(tmp_path, monkeypatc
     (tmp_path / "there").write_text("its text")
     assert text_of("there") == "its text" and text_of("g__gle.com") == "g__gle.com"
     for name in ("my notes.txt", "a.md", "b.csv", "c.sdk"):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(ValueError, match=f"there is no file {name} .* pipe it in"):
             text_of(name)
 
 

@@ -113,7 +113,7 @@ def draw(lengths, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 5.5), layout="constrained")
     for name, values in lengths.items():
         values = np.sort(values)
         ax.step([0, *values, 128], [0, *np.arange(1, len(values) + 1) / len(values), 1],
@@ -122,7 +122,7 @@ def draw(lengths, path):
     ax.set(xlabel="characters of the answer", ylabel="share of answers that are at most so long",
            title="How long the answers are depends on the order of writing")
     ax.grid(alpha=0.2)
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     fig.savefig(path, dpi=110)
 
 
