@@ -8,6 +8,7 @@ Writing: load a checkpoint, make a page of masks, unmask it, print it. diffusion
     python main.py --steps=14                             # faster, and less readable
     python main.py --path=twin                            # what train.py --causal trained
     python main.py --score="To be, or not to be"          # how likely is this text?
+    python main.py --path=dialogue                        # a model of pairs: a conversation
 
 Only the text goes to stdout: python main.py > page.txt keeps just the text. Several pages are
 separated by a form feed (\\f). The same in Python:
@@ -120,9 +121,8 @@ def resolve(given, model, record):
     check(puzzle or "tries" not in given, "--tries is for puzzles")
     of_unmask = [f"--{name}" for name in UNMASK if name in given]
     if model.config.causal:
-        refused = ({"infill", "threshold", *UNMASK} - {"temperature"}) & given.keys()
-        refused = " --".join(sorted(refused))
-        check(not refused, f"{config.path} is causal and can't take --{refused}")
+        refused = sorted(({"infill", "threshold", *UNMASK} - {"temperature"}) & given.keys())
+        check(not refused, f"{config.path} is causal and can't take --{' --'.join(refused)}")
         defaults = TWIN
     elif puzzle:
         check(not of_unmask or "tries" not in given,
@@ -132,9 +132,7 @@ def resolve(given, model, record):
         gaps = re.findall(f"{re.escape(config.mask_char)}+", config.infill)
         check(gaps, f"--infill={given['infill'][:60]!r} has no holes ({config.mask_char})")
         defaults = INFILL if max(map(len, gaps)) < 64 else PAGE  # a long gap is like a page
-    for name in defaults.keys() - given.keys():
-        setattr(config, name, defaults[name])
-    return config
+    return replace(config, **{name: defaults[name] for name in defaults.keys() - given.keys()})
 
 
 def main():
@@ -171,7 +169,7 @@ class SampleConfig:
     seed: int = knob(1337, "same seed, device and dtype: same text", low=0, high=2**63 - 1)
 
     steps: int = knob(None, "forward passes for a block; with --infill, one for each hole if not "
-                            "given", "sampler", low=1)
+                            "given", "sampler", low=1, high=10**6)
     temperature: float = knob(None, "0: the likeliest tokens; 1: the model's distribution", low=0)
     remasking: str = knob(None, "what is written first: random, dilated (places far apart) or "
                                 "low_confidence (the most probable)")

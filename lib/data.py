@@ -89,8 +89,8 @@ def load_data(folder, block_size, vocab=None, grow=False):
     its end. ValueError for data that can't be trained on."""
     meta = read_meta(folder)
     own_vocab, record = meta["chars"], meta.get("record", 1)
-    check(block_size == record if "prompt" in meta else block_size % record == 0,
-          f"--block_size must be a multiple of {record}, the length of a record, not {block_size}")
+    check(block_size % record == 0 and not (block_size > record and "prompt" in meta),
+          f"--block_size={block_size} does not fit the records of {record} tokens in {folder}")
     vocab = vocab or own_vocab
     unknown = sorted(set("".join(own_vocab)) - set(vocab))
     check(grow or not unknown,

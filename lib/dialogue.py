@@ -21,7 +21,7 @@ def readable(record):
 
 
 def at_terminal():
-    return sys.stdin is not None and sys.stdin.isatty()
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def converse(answer):
@@ -30,7 +30,9 @@ def converse(answer):
     exchange = ""
     while True:
         try:
-            exchange += input("> ") + "\n"
+            line = input("> ") + "\n"
+            exchange += line + answer(exchange + line.rstrip("\n")) + "\n"
         except EOFError:
             return print()
-        exchange += answer(exchange.rstrip("\n")) + "\n"
+        except ValueError as e:  # a character that the model does not know
+            print(e, file=sys.stderr)

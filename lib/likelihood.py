@@ -5,7 +5,6 @@ orders of writing.
 
 import sys
 import time
-from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -50,9 +49,6 @@ def exact_nll(model, input_ids, mask_id, steps, sampler=unmask, **settings):
     return nll / x.shape[1]
 
 
-from_the_left = partial(unmask_blocks, block_length=1)
-
-
 @torch.no_grad()
 def score(model, vocab, text, passes=64):
     """Return a line that says how likely text is, in nats per character: for a mask predictor the
@@ -81,11 +77,9 @@ def score(model, vocab, text, passes=64):
             if causal:
                 exact += next_token_losses(counted, mask_id, x).sum().item()
             else:
-                nll = exact_nll(counted, x, mask_id, x.shape[1], from_the_left)   # (B,)
+                nll = exact_nll(counted, x, mask_id, x.shape[1], unmask_blocks, block_length=1)
                 exact += nll.sum().item() * x.shape[1]
                 bound += estimate_nelbo(counted, x, mask_id, passes)[0] * x.numel()
-    exact, bound = exact / len(text), bound / len(text)
-    if causal:
-        return f"{exact:.4f} nats per character, exact"
-    return f"{exact:.4f} nats per character, exact, from left to right; at most {bound:.4f} " \
-           "averaged over all orders of writing (NELBO)"
+    line = f"{exact / len(text):.4f} nats per character, exact"
+    return line if causal else (f"{line}, from left to right; at most {bound / len(text):.4f} "
+                                "averaged over all orders of writing (NELBO)")

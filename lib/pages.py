@@ -25,7 +25,7 @@ def make_page(config, vocab, model_config, info):
     if prompt_length and config.infill is None:
         flag, text, holes, hidden = "--prompt", prompt_tokens(prompt), "", prompt_length
         if len(prompt) >= prompt_length:
-            say(f"--prompt is long: its last {prompt_length - 1} characters count", sys.stderr)
+            say(f"the prompt is long: its last {prompt_length - 1} characters count", sys.stderr)
     elif config.infill is not None:
         flag, text, holes = "--infill", config.infill, config.mask_char
     else:
@@ -52,6 +52,7 @@ def make_page(config, vocab, model_config, info):
     return ids + [model_config.mask_id] * gen_length, hidden, new_word
 
 
+@torch.no_grad()
 def begin_word(model, x, config, vocab, temperature, generator):
     """Write the first token after the prompt in each row of x (B, T): one that begins with a
     space, since the prompt ended in one. In training, the space belongs to the word after it.

@@ -23,10 +23,9 @@ class Puzzle:
 
 
 def side_of(record):
-    """Return n if records of so many tokens are grids of n lines of n cells and an empty line, else
-    None."""
-    n = math.isqrt(record)
-    return n if n > 1 and record == n * (n + 1) + 1 else None
+    """Return the side of a Sudoku, 9 or 4, if records of so many tokens are such grids: lines of
+    cells and an empty line. Else None."""
+    return {91: 9, 21: 4}.get(record)
 
 
 def read_puzzles(text, n):
@@ -44,13 +43,11 @@ def read_puzzles(text, n):
         heading = re.search(r"[^\W\d_]", line) and len(re.findall("[0-9._]", line)) < n and not rows
         skipped = heading or re.fullmatch(r"[-+=*\s]*", line)
         check(len(cells) == n or len(cells) == n * n and not rows or skipped, form)
-        if len(cells) == n * n:
-            puzzles.append(Puzzle(cells, one_line=True))
-        elif cells:
+        if len(cells) in (n, n * n):
             rows.append(cells)
-        if len(rows) == n:
-            puzzles.append(Puzzle("".join(rows), one_line=False))
-            rows.clear()
+        if len("".join(rows)) == n * n:
+            puzzles.append(Puzzle("".join(rows), one_line=len(rows) == 1))
+            rows = []
     check(puzzles and not rows, form)
     for number, puzzle in enumerate(puzzles, 1):
         check("_" in puzzle.cells, f"puzzle {number} has no empty cell")

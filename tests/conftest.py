@@ -31,10 +31,12 @@ def real_text():
 
 @pytest.fixture(scope="session")
 def text():
-    """Return real text where it is at hand, otherwise words in random order."""
-    words = ("the king and queen of this fair land shall speak to thee\n"
-             "no more, my lord: good night.\n").split(" ")
-    return (real_text() or " ".join(random.Random(0).choices(words, k=4_000)))[:20_000]
+    """Return real text where it is at hand, otherwise speeches of words in random order."""
+    words = "the king and queen of this fair land shall speak to thee, no more: good night.".split()
+    rng = random.Random(0)
+    speeches = (f"{rng.choice(words).upper()}:\n{' '.join(rng.choices(words, k=9))}\nno more."
+                for _ in range(400))
+    return (real_text() or "\n\n".join(speeches))[:20_000]
 
 
 @pytest.fixture(scope="session")

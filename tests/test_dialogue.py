@@ -223,9 +223,25 @@ def test_a_conversation_goes_on_until_ctrl_d(sample, model, monkeypatch):
         return "i am"
     monkeypatch.setattr(builtins, "input", say)
     monkeypatch.setattr(main_script, "write_pages", answer)
-    monkeypatch.setattr(main_script.sys, "stdin", type("Tty", (), {"isatty": lambda _: True})())
+    monkeypatch.setattr(main_script, "at_terminal", lambda: True)
     result = sample(f"--path={model}")
     assert result.code == 0 and result.out == "i am\ni am\n\n"
     assert prompts == ["hello", "hello\ni am\nwho are you"]
-    monkeypatch.setattr(builtins, "input", lambda _: (_ for _ in ()).throw(EOFError))
-    assert converse(None) is None
+
+
+def test_a_line_that_the_model_can_t_read_does_not_end_a_conversation(monkeypatch, capsys):
+    lines, heard = iter(["h\u00e9llo", "hello"]), []
+
+    def say(*_):
+        for line in lines:
+            return line
+        raise EOFError
+
+    def answer(text):
+        heard.append(text)
+        if "\u00e9" in text:
+            raise ValueError("unknown character")
+        return "well"
+    monkeypatch.setattr(builtins, "input", say)
+    converse(answer)
+    assert heard == ["h\u00e9llo", "hello"] and capsys.readouterr().err == "unknown character\n"

@@ -63,11 +63,11 @@ def test_a_signal_ends_an_evaluation_and_resume_repeats_it(train, tmp_path, monk
     assert train(*RUN, f"--save_filename={tmp_path}/whole").code == 0
     X, calls, real = tmp_path / "cut.pt", [], lib.evaluate.estimate_nelbo
 
-    def estimate_nelbo(*args):
+    def estimate_nelbo(*args, **kwargs):
         calls.append(args)
         if len(calls) == measurement:
             ctrl_c()
-        return real(*args)
+        return real(*args, **kwargs)
     monkeypatch.setattr(lib.evaluate, "estimate_nelbo", estimate_nelbo)
     cut = train(*RUN, f"--save_filename={X}")
     assert cut.code == 130 and len(calls) == measurement

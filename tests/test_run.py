@@ -209,7 +209,7 @@ def test_the_sample_of_a_large_model_is_short_and_begins_a_line(vocab, length):
     model = GPT(GPTConfig(200, len(vocab) + 1, n_layer=1, n_head=1, n_embd=8)).eval()
     seen, forward = [], model.forward
     model.forward = lambda idx: seen.append(idx) or forward(idx)
-    data = SimpleNamespace(vocab=list(vocab), record=1)
+    data = SimpleNamespace(vocab=list(vocab), record=1, prompt_length=0, val=np.arange(1))
     line = short_sample(model, SimpleNamespace(dtype="float32"), data)
     assert len(seen) == 32 and seen[0].shape == (1, 96)
     assert (seen[0] == model.config.mask_id).sum() == length

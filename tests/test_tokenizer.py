@@ -6,6 +6,7 @@ import random
 import re
 import sys
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import prepare
@@ -229,7 +230,8 @@ def test_measures_are_per_character(pieces, pieces_dir):
     expected = len(used) * np.log(len(vocab)) / len(decode(used, vocab))
     for causal in (False, True):
         model.config.causal = causal
-        nats, _ = measure(model, data, vocab, 2, 8, torch.autocast("cpu", enabled=False))
+        text = SimpleNamespace(vocab=vocab, prompt_length=0)
+        nats, _ = measure(model, data, text, 2, 8, torch.autocast("cpu", enabled=False))
         assert nats == pytest.approx(expected, rel=1e-5)
     assert characters_per_token(used, vocab) == len(decode(used, vocab)) / len(used) > 1.2
     assert characters_per_token(np.array([0, 1, 1]), ["a", "b"]) == 1
