@@ -35,9 +35,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 2**16:
-                raise ValueError(f"{name} must be a whole number in 1 to {2**16}, not {value}")
+            if not 1 <= getattr(self, name) <= 2**16:
+                raise ValueError(f"{name} must be in 1 to {2**16}, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.n_embd % self.n_head:

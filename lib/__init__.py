@@ -7,10 +7,9 @@ The scripts import it before PyTorch, for two defaults that must be set before t
 import os
 import sys
 
-# PyTorch's threads wait for each other by spinning, some 100 milliseconds at each barrier, and take
-# the cores from other programs, and these from them. On two cores, a page takes 0.7 seconds beside
-# no other program, and beside six busy ones 77 with the default and 5 with a short spin
-# (tests/benchmarks/busy.py). What the user has set stays.
+# PyTorch's threads wait for each other by spinning, and so take the cores from other programs, and
+# these from them. On two cores beside six busy programs, a page took 29 seconds with the default
+# and 7 with a short spin (tests/benchmarks/busy.md). What the user has set stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP, on Linux: turns
     os.environ.setdefault("KMP_BLOCKTIME", "1")      # LLVM's, on macOS and Windows: milliseconds

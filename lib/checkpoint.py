@@ -9,7 +9,7 @@ import io
 import os
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -67,6 +67,8 @@ def load_checkpoint(path, device="cpu"):
     checkpoint = load_object(path)
     try:
         config = GPTConfig(**{"qk_norm": False, **checkpoint["config"]})  # old ones lack the key
+        check(all(isinstance(getattr(config, f.name), (f.type, int)) for f in fields(GPTConfig)),
+              "its config has a value of another type")
         vocab, info = list(checkpoint["chars"]), dict(checkpoint["info"])
         check(len(set(vocab)) == len(vocab) == config.mask_id and all(vocab),
               "its vocabulary does not fit its config")
