@@ -18,8 +18,7 @@ class Puzzle:
     def to_page(self):
         """Return the record that a model was trained on: n lines and an empty line."""
         n = math.isqrt(len(self.cells))
-        lines = [self.cells[i:i + n] + "\n" for i in range(0, n * n, n)]
-        return "".join(lines) + "\n"
+        return re.sub("." * n, r"\g<0>\n", self.cells) + "\n"
 
 
 def side_of(record):

@@ -1,12 +1,12 @@
 """
-Sampling where the right answer is certain: a search for puzzles.
+Solving puzzles by best-first search.
 """
 
 import sys
 
 import torch
-import torch.nn.functional as F
 
+from diffusion import highest
 from lib.common import check
 from lib.device import home_of, on_its_device
 from lib.puzzles import conflict, read_puzzles
@@ -37,8 +37,7 @@ def unmask_until_sure(model, x, mask_id, tries, threshold=0.999, sure=SURE):
             p = model(x)[..., :mask_id].double().softmax(dim=-1)          # (1, T, mask_id)
             x0_p, x0 = p.max(dim=-1)                                      # (1, T)
             confidence = x0_p.where(masked, -1)
-            likeliest = F.one_hot(confidence.argmax(dim=1), x.shape[1]).bool()
-            transfer_index = (confidence > threshold) | likeliest         # (1, T)
+            transfer_index = highest(confidence, 1) | (confidence > threshold)    # (1, T)
             place = x0_p.where(transfer_index, 2).argmin()
             for token in p[0, place].argsort()[:-1]:                      # all but the likeliest
                 alternative = x.clone()

@@ -28,10 +28,9 @@ def watch(states, page, steps, vocab, mask_id, config):
                disable=animate or None)  # None: unless stderr is a terminal
 
     def draw(state):
-        footer, rows = f"step {passes} of {max(steps, passes)}", (state[0], kept[-1][0])
-        sys.stdout.write(frame(*(row.tolist() for row in rows), mask_id, vocab, footer,
-                               shutil.get_terminal_size()))
-        sys.stdout.flush()
+        footer = f"step {passes} of {max(steps, passes)}"
+        print(frame(state[0].tolist(), kept[-1][0].tolist(), mask_id, vocab, footer,
+                    shutil.get_terminal_size()), end="", flush=True)
         time.sleep(0.05)
 
     with bar, animation() if animate else nullcontext():
@@ -66,8 +65,7 @@ def animation():
         yield
         time.sleep(1.5)
     finally:
-        sys.stdout.write("\x1b[?7h\x1b[?25h\x1b[?1049l")
-        sys.stdout.flush()
+        print("\x1b[?7h\x1b[?25h\x1b[?1049l", end="", flush=True)
 
 
 def columns_of(char):

@@ -57,9 +57,8 @@ def read_pairs(path):
             prompt, answer = (part.strip("\n") for part in pair)
         except (ValueError, TypeError, KeyError, AttributeError):
             prompt = answer = ""
-        check(prompt and answer, f"line {number} of {path} is no pair of a prompt and an answer")
-        check(not {ANSWER, END} & set(prompt + answer),
-              f"line {number} of {path} has the control character STX or ETX")
+        check(prompt and answer and not {ANSWER, END} & set(prompt + answer),
+              f"line {number} of {path} must be a prompt and an answer, without STX and ETX")
         pairs.append((prompt, answer))
     check(len(pairs) > 1, f"{path} holds fewer than two pairs")
     return pairs
