@@ -59,13 +59,16 @@ def average_loss(cross_entropy):
     cross_entropy: a dict that knows what the model says in each case. Its key is a pair of bools:
     which tokens are masked. Its value is a pair of floats: the cross-entropies of the two tokens,
     0.0 for a token that is not masked.
-    Returns a float, exact to 1 %. You may go through many values of t and through all four cases,
-    weighting each case by its probability, or solve the integral on paper.
+    Returns a float, exact to 1 %. You may go through a thousand evenly spaced values of t (without
+    0), and through the four cases at each, weighting a case by its probability. Or solve the
+    integral on paper.
 
     Example: {(False, False): (0, 0), (True, False): (1, 0), (False, True): (0, 1), (True, True):
-    (1, 1)} gives 1.0. The check then compares your value with one that knows neither t nor p_mask:
-    the model writes the text token by token, once the first token first, and once the second one
-    first; -log of the probability of the text, per token, is averaged over these two orders."""
+    (1, 1)} gives 1.0.
+
+    How it is checked: there are two orders in which the model can write the text, one token after
+    the other. In each of them the text has a probability. -log of it, per token and averaged over
+    the two orders, must be your value, though no t and no p_mask occur in it."""
 
 
 def unmask_step(model, x, mask_id, k):
@@ -98,10 +101,10 @@ def num_transfer_tokens(n_masks, steps):
 def from_both_ends(noise):
     """Exercise 6: an order of writing of your own.
 
-    unmask in diffusion.py, the sampler, asks a function for the confidence of each place, and
-    writes the places of the highest confidence first. Return a confidence with which a text is
-    written from both ends to the middle: the first place, then the last, then the second, then the
-    last but one, and so on.
+    The sampler asks a function like this one for the confidence of each place, and writes the
+    places of the highest confidence first. Return a confidence with which a text is written from
+    both ends to the middle: the first place, then the last, then the second, then the last but one,
+    and so on.
 
     noise: (B, T) float, random numbers for orders that need them. This one needs only its shape.
     Returns (B, T) float, in which all values of a row are different.
@@ -128,9 +131,9 @@ def squared_forward_process(input_ids, mask_id, generator=None):
 
     As in exercise 1, but mask with probability p(t) = t ** 2, so that more rows have few masks. The
     loss must then weight a masked token by p'(t) / p(t), where p' is the derivative of p, in place
-    of 1 / p_mask: only so does its average stay the same. The loss of exercise 2 divides by the
-    third tensor, so return p(t) / p'(t) there. Draw t as 1 - torch.rand(..., generator=generator),
-    which is never 0.
+    of 1 / p_mask. Only then is its average still the value of exercise 3. The loss of exercise 2
+    divides by the third tensor, so return p(t) / p'(t) there. Draw t as
+    1 - torch.rand(..., generator=generator), which is never 0.
 
     Returns noisy_batch, masked_indices and p(t) / p'(t), each (B, T), as in exercise 1.
 

@@ -104,7 +104,7 @@ RIGHT = [("forward_process", diffusion.forward_process),
 @pytest.mark.parametrize("name, answer", RIGHT)
 def test_the_repository_s_own_functions_are_right(name, answer):
     verdict = check.verdict(name, answer)
-    assert verdict.startswith("right. Its counterpart: "), verdict
+    assert re.match("right. (.* )?Its counterpart: ", verdict), verdict
     for file, function in re.findall(r"(\w+) in ((?:lib/)?\w+\.py)", check.CHECKS[name][1]):
         if hasattr(diffusion, file):
             assert f"def {file}(" in (ROOT / function).read_text(encoding="utf-8")
@@ -142,6 +142,12 @@ def exact_count(input_ids, mask_id, eps=1e-3, generator=None):
     rank = torch.rand(B, T, generator=generator).argsort(dim=1).argsort(dim=1)
     masked = rank < (p_mask * T).round()
     return torch.where(masked, mask_id, input_ids), masked, p_mask
+
+
+def first_place_visible(input_ids, mask_id, eps=1e-3, generator=None):
+    noisy, masked, p_mask = diffusion.forward_process(input_ids, mask_id, eps, generator)
+    noisy[:, 0], masked[:, 0] = input_ids[:, 0], False
+    return noisy, masked, p_mask
 
 
 def third_of(change, name="forward_process"):
@@ -183,6 +189,11 @@ def step(confidence_of=lambda logits, x0_p: x0_p, cut=True, keep=True, over_batc
             chosen = diffusion.highest(confidence, k_of(k))
         return torch.where(chosen & (x == mask_id), token_of(logits), x)
     return answer
+
+
+def margin(logits):
+    first, second = logits.softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
+    return first - second
 
 
 def topk_step(model, x, mask_id, k):
@@ -235,7 +246,12 @@ WRONG = {
         (exact_count, "on its own"), (in_place, "changes input_ids"),
         (third_of(lambda noisy, masked, p: (noisy, ~masked, p)), "True exactly where"),
         (third_of(lambda noisy, masked, p: (noisy, masked, p[:, 0])), "has the shape"),
-        (third_of(lambda noisy, masked, p: (noisy, masked, 1.1 - p)), "does not fit"),
+        (third_of(lambda noisy, masked, p: (noisy, masked, 1.1 - p)), "of its tokens are masked"),
+        (third_of(lambda noisy, masked, p: (noisy, masked, p ** 1.1)), "from eps to 1"),
+        (third_of(lambda noisy, masked, p: (noisy, masked, p.clamp(max=0.9) + 0.05)), "are masked"),
+        (third_of(lambda noisy, masked, p: (noisy.where(~masked, 6), masked, p)), "exactly where"),
+        (third_of(lambda noisy, masked, p: (noisy.where(~masked, 0), masked, p)), "exactly where"),
+        (first_place_visible, "never masked"),
         (third_of(lambda noisy, masked, p: (noisy, masked)), "three tensors"),
         (lambda *args, **kwargs: None, "returns nothing"),
         (lambda ids, mask_id: None, "TypeError")],
@@ -271,6 +287,9 @@ WRONG = {
         (step(lambda logits, x0_p: logits.amax(dim=-1)), "logits compared"),
         (step(lambda logits, x0_p: -torch.arange(9.0).expand(x0_p.shape)), "other places"),
         (step(token_of=lambda logits: logits.argmin(dim=-1)), "but not the tokens"),
+        (step(lambda logits, x0_p: margin(logits)), "other places"),
+        (step(token_of=lambda logits: torch.distributions.Categorical(logits=logits).sample()),
+         "not the tokens"),
         (overwritten_in_place, "changes x"), (all_rewritten, "no masks"),
         (topk_step, "no masks"), (lambda *args: None, "returns nothing")],
     "num_transfer_tokens": [
@@ -295,13 +314,17 @@ WRONG = {
         (walk(before=True), "predict first"), (walk(extra=1), "[MASK]'s logit"),
         (walk(reduce=lambda terms: sum(terms) / len(terms)), "return the sum"),
         (walk(reduce=lambda terms: -sum(terms)), "sign"),
+        (lambda model, ids, mask_id, order: model(ids), "the shape (B, T)"),
         (lambda model, ids, mask_id, order: next_token_losses(model, mask_id, ids[None]).sum(),
          "sees a wrong token")],
     "squared_forward_process": [
-        (squared(third=lambda t: t ** 2), "to be p(t)"), (squared(third=lambda t: t), "to be t"),
-        (squared(third=lambda t: 2 / t), "to be p'(t) / p(t)"),
-        (squared(third=lambda t: 2 * t), "to be p'(t)"),
+        (squared(third=lambda t: t ** 2), "third tensor is p(t);"),
+        (squared(third=lambda t: t), "third tensor is t;"),
+        (squared(third=lambda t: 2 / t), "third tensor is p'(t) / p(t);"),
+        (squared(third=lambda t: 2 * t), "third tensor is p'(t);"),
         (squared(p_of=lambda t: t), "p(t) = t."), (squared(p_of=lambda t: t ** 3), "a third: 33%"),
+        (squared(p_of=lambda t: t ** 1.9), "are masked"),
+        (squared(p_of=lambda t: t.flip(0) ** 2), "masked"),
         (squared(rows=False), "differs within a row")],
 }
 CASES = [(name, *case) for name, cases in WRONG.items() for case in cases]
@@ -347,7 +370,7 @@ def test_empty_exercises_say_on_one_screen_what_to_do(exercises):
     lines = out.splitlines()
     assert [line.split() for line in lines[:8]] == [[str(n), name, "empty"]
                                                     for n, name in enumerate(NAMES, 1)]
-    assert "python learn/check.py 1" in out and "learn/exercises.py" in out
+    assert "python learn/check.py 1" in lines[-1] and "learn/exercises.py" in out
     assert len(lines) <= 12 and (err, code) == ("", 0)
 
 
@@ -356,6 +379,17 @@ def test_one_exercise_is_checked_alone_and_the_next_one_is_named(exercises):
     out, _, _ = exercises(begun, "1", "4")
     assert len(out.splitlines()) == 5 and "1 forward_process          not yet: the function" in out
     assert "4 unmask_step              empty" in out and "check.py 1" in out
+
+
+def test_after_a_right_answer_the_next_exercise_is_named(exercises):
+    given = "from diffusion import *\n" + EXERCISES
+    for name in ("forward_process", "diffusion_loss"):
+        given = given.replace(f"def {name}(", f"def {name}_(")
+    out, _, _ = exercises(given, "1", "2")
+    assert out.count("right. Its counterpart") == 2 and "python learn/check.py 3" in out
+    solved = "from test_learn import *\nfrom diffusion import *\n"
+    out, _, _ = exercises(solved)
+    assert out.count("right. ") == 8 and "You have written the algorithm." in out
 
 
 def test_an_error_in_an_answer_names_its_line(exercises):
