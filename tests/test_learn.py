@@ -3,13 +3,17 @@
 import ast
 import importlib.util
 import itertools
+import json
 import re
+import sys
+import warnings
 
 import pytest
 import torch
 from conftest import ROOT
 
 import diffusion
+import lib.data
 from lib.likelihood import exact_nll
 from lib.twin import next_token_losses
 
@@ -426,3 +430,84 @@ def test_no_answer_stands_in_the_exercises():
 def test_the_script_runs_as_the_docstring_says(run):
     result = run(LEARN / "check.py", "3")
     assert result.returncode == 0 and result.stdout.startswith("3 average_loss             empty")
+
+
+# -----------------------------------------------------------------------------
+# the walkthrough
+
+CELLS = json.loads((LEARN / "walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
+CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
+PROSE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """notebook(cells, folder, names) runs cells, with a short training on the data of folder."""
+    def run(cells, folder, names):
+        monkeypatch.setattr(lib.data, "data_folder", lambda name: folder)
+        names["data_folder"] = lib.data.data_folder
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
+            for code in cells:
+                exec(code.replace("iterations = 500\n", "iterations = 3\n"), names)
+        return names
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.chdir(LEARN)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    return run
+
+
+def test_the_walkthrough_runs_and_prints_what_it_shows(notebook, data_dir, capsys):
+    """Lines that hold a computed number, or are of the training, may differ from those stored."""
+    names = notebook(CODE, data_dir, {})
+    assert len(names["losses"]) == 4 and set(names["nelbos"]) == {0, 1, 2, 3}
+    orders = (names["first_first"] + names["second_first"]).item() / 4
+    assert names["weighted"].item() == pytest.approx(orders, abs=1e-4)
+    assert names["weighted"] > -names["both"].log() / 2                   # a bound
+    assert not any("recording" in str(block.attn.attend) for block in names["model"].h)
+    out = capsys.readouterr().out
+    assert "Shall I compare thee to a summer's day?" in out
+    stored = ["".join(output["text"]) for cell in CELLS if cell["cell_type"] == "code"
+              for output in cell["outputs"] if output["output_type"] == "stream"]
+    for line in "".join(stored).splitlines():
+        assert line in out or re.search(r"\d\.\d\d|^iteration ", line), line
+
+
+def test_without_the_text_the_walkthrough_skips_the_training(notebook, tmp_path, capsys):
+    [training] = [code for code in CODE if code.startswith("iterations = 500\n")]
+    notebook([training], tmp_path, {})
+    assert "There is no text yet: run python data/shakesp" in capsys.readouterr().out
+
+
+def test_the_walkthrough_says_what_to_do_without_the_repository(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="Clone it"):
+        exec(CODE[0], {})
+
+
+def test_the_walkthrough_reads_well_without_being_run():
+    """It was run from top to bottom, and holds its outputs and pictures; it is short enough."""
+    cells = [cell for cell in CELLS if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert (LEARN / "walkthrough.ipynb").stat().st_size < 700_000
+    assert len(" ".join(PROSE).split()) <= 1800
+    headings = [line for text in PROSE for line in text.splitlines() if line.startswith("## ")]
+    assert [line.split()[1] for line in headings] == [f"{n}." for n in range(1, 11)]
+
+
+def test_files_that_learn_names_exist():
+    questions = (LEARN / "questions.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\]\((?!https?:)([^)#]+)\)", "\n".join([*PROSE, questions])):
+        assert (LEARN / name).exists(), name
+
+
+def test_each_answer_to_a_question_is_short():
+    answers = (LEARN / "questions.md").read_text(encoding="utf-8")
+    assert len(answers.split()) <= 1200
+    answers = re.sub(r"\n## .*", "", answers)
+    for answer in re.split(r"\n\*\*.*?\*\* ?", answers, flags=re.DOTALL)[1:]:
+        assert len(answer.split()) <= 90, answer
