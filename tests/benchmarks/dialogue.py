@@ -4,7 +4,12 @@ Does a model that was fine-tuned on pairs use the prompt, and does it know where
     python data/dialogue/prepare.py
     python train.py --dataset=dialogue --init_from=pretrained_gpt_last --save_filename=dialogue
     python tests/benchmarks/dialogue.py                            # 15 minutes on two cores
-    python tests/benchmarks/dialogue.py --path=X --pairs=64 --picture=lengths.png
+    python tests/benchmarks/dialogue.py --path=Y --before=X --pairs=64 --picture=lengths.png
+
+A twin is measured in the same way, but its values are exact, and it writes from left to right:
+
+    python train.py --dataset=dialogue --init_from=twin --save_filename=dialogue_twin
+    python tests/benchmarks/dialogue.py --path=dialogue_twin --before=twin
 
 1. The bound of the answers of validation pairs, given their prompts, in nats per character of the
    answers: before the fine-tuning (the model gets the text of both, and so the length of the
@@ -33,6 +38,7 @@ from lib.device import autocast, pick_dtype
 from lib.dialogue import ANSWER, END
 from lib.llada import unmask_blocks
 from lib.tokenizer import decode, encode
+from lib.twin import estimate_nll, left_to_right
 from main import PAGE, SHIPPED
 
 SURE = dict(remasking="low_confidence", temperature=0.0)
@@ -47,6 +53,7 @@ SETTINGS = [  # name, arguments of unmask or, with block_length, of unmask_block
     ("most confident first, but ends last, 128 steps", dict(SURE, steps=128,
                                                             remasking="ends last")),
 ]
+OF_A_TWIN = [(f"left to right, temperature {t}", dict(temperature=t)) for t in (0.8, 1.0)]
 written_in_diffusion = diffusion.writing_order
 
 
@@ -74,8 +81,10 @@ def texts_of(windows, vocab):
 
 
 def bound(model, windows, pairs, prompt_length):
-    """Return the bound of the answers, per character, and its standard error over the passes."""
-    nats, se = estimate_nelbo(model, windows, model.config.mask_id, prompt_length=prompt_length)
+    """Return the bound of the answers, per character, and its standard error over the passes; of a
+    twin, the exact value, and its standard error over the pairs."""
+    estimate = estimate_nll if model.config.causal else estimate_nelbo
+    nats, se = estimate(model, windows, model.config.mask_id, prompt_length=prompt_length)
     scale = windows[:, prompt_length:].numel() / sum(len(answer) for _, answer in pairs)
     return nats * scale, se * scale
 
@@ -83,10 +92,10 @@ def bound(model, windows, pairs, prompt_length):
 def bound_before(model, vocab, pairs):
     """The same of a model of plain text, which reads the prompt, an empty line and the answer. The
     standard error is over the pairs."""
-    nats = []
+    nats, estimate = [], estimate_nll if model.config.causal else estimate_nelbo
     for prompt, answer in pairs:
         x = torch.from_numpy(encode(f"{prompt}\n\n{answer}", vocab).astype(np.int64))[None]
-        found, _ = estimate_nelbo(model, x, len(vocab), prompt_length=len(prompt) + 2)
+        found, _ = estimate(model, x, len(vocab), prompt_length=len(prompt) + 2)
         nats.append(found * len(answer))
     n, nats = sum(len(answer) for _, answer in pairs), torch.tensor(nats)
     return nats.sum().item() / n, nats.std().item() * math.sqrt(len(nats)) / n
@@ -97,7 +106,8 @@ def write(model, windows, prompt_length, settings):
     x = windows.clone()
     x[:, prompt_length:] = model.config.mask_id
     generator = torch.Generator().manual_seed(1)
-    sampler = unmask_blocks if "block_length" in settings else unmask
+    sampler = (left_to_right if model.config.causal else
+               unmask_blocks if "block_length" in settings else unmask)
     *_, x = sampler(model, x, model.config.mask_id, generator=generator, **settings)
     return x[:, prompt_length:]
 
@@ -130,12 +140,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default="dialogue", help="the fine-tuned model")
+    parser.add_argument("--before", default=SHIPPED, help="the model that it was made from")
     parser.add_argument("--pairs", type=int, default=32, help="answers for each row of the lengths")
     parser.add_argument("--rows", default="", help="only the lengths, of rows whose name has this")
     parser.add_argument("--picture", help="draw the lengths to this file")
     args = parser.parse_args()
     model, vocab, info = load_checkpoint(resolve_path(args.path))
-    before, plain_vocab, _ = load_checkpoint(SHIPPED)
+    before, plain_vocab, _ = load_checkpoint(resolve_path(args.before))
     data = load_data(data_folder("dialogue"), info["record"], vocab)
     dtype = pick_dtype("auto", torch.device("cpu"))
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {dtype}; fine-tuned in "
@@ -159,7 +170,8 @@ def main():
     print("\n| | characters | distance | empty | text after the end | seconds per answer |\n"
           f"|---|---|---|---|---|---|\n| real answers | {real.mean():.0f} ± {real.std():.0f} "
           "| | | | |", flush=True)
-    for name, settings in [row for row in SETTINGS if args.rows in row[0]]:
+    all_settings = OF_A_TWIN if model.config.causal else SETTINGS
+    for name, settings in [row for row in all_settings if args.rows in row[0]]:
         began = time.perf_counter()
         answers = [decode(row, vocab) for row in write(model, prompts, info["prompt"],
                                                        settings).tolist()]

@@ -32,7 +32,7 @@ from lib.tokenizer import decode
 
 LENGTH = 1024
 SETS = {"vowels": "aeiouAEIOU", "e": "eE", "spaces": " ", "punctuation": ".,;:!?'-"}
-ROWS = (*SETS, "random 10 %", "random 30 %", "a gap of 32")
+ROWS = (*SETS, "random 30 %", "a gap of 20")
 
 
 def holes_of(row, text, generator):

@@ -30,8 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data" / "sudoku"))
 import prepare
-from claims import seconds_per_iteration
 from metrics import ROOT
+from training import seconds_per_iteration
 
 from diffusion import unmask
 from lib.checkpoint import load_checkpoint, resolve_path
@@ -45,20 +45,12 @@ from main import INFILL, PUZZLE
 
 GIVENS = {50: "random", 40: "random", 32: "random", 28: "one solution", 24: "one solution"}
 RULES = [  # name, arguments of unmask, cells per step
-    (f"main.py's for puzzles: all above {PUZZLE['threshold']}, up to {PUZZLE['tries']} tries",
-     PUZZLE, None),
-    ("surest first", INFILL, 1),
-    ("surest first, and all above 0.999", dict(INFILL, threshold=0.999), 1),
-    ("surest first, and all above 0.99", dict(INFILL, threshold=0.99), 1),
-    ("surest first, and all above 0.9", dict(INFILL, threshold=0.9), 1),
-    ("surest first", INFILL, 2),
-    ("surest first", INFILL, 4),
-    ("surest first", INFILL, 8),
-    ("surest first, three quarters of the steps revise 30 %", dict(INFILL, revise=0.3), 0.5),
-    ("random order", dict(remasking="random", temperature=0.0), 1),
-    ("dilated, temperature 1, revise 30 %, 32 steps",
-     dict(remasking="dilated", temperature=1.0, revise=0.3), None),
-    ("the same without revision", dict(remasking="dilated", temperature=1.0), None),
+    (f"main.py's search: all above {PUZZLE['threshold']}, up to {PUZZLE['tries']} grids", PUZZLE,
+     None),
+    ("one try: surest first, all above 0.999", dict(INFILL, threshold=0.999), 1),
+    ("one try: surest first", INFILL, 1),
+    ("one try: surest first", INFILL, 4),
+    ("one try: random order", dict(remasking="random", temperature=0.0), 1),
 ]
 EMPTY = len(prepare.CHARS)  # for the twin the id of an empty cell, for the mask predictor [MASK]
 

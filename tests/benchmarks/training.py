@@ -100,6 +100,14 @@ def iteration(run, config, data, net=None, forward_process=forward_process, upda
         run.iteration += 1
 
 
+def seconds_per_iteration(flags):
+    """Measure a few iterations of train.py with these flags: the median, in seconds."""
+    run, config, data = set_up(flags)
+    device = run.model.wte.weight.device
+    times = [seconds(lambda: iteration(run, config, data), device) for _ in range(12)]
+    return statistics.median(times[2:])
+
+
 def main():
     size = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--batch_size=16"]
     vocab = [chr(ord("0") + i) for i in range(65)]
