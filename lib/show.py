@@ -101,11 +101,12 @@ def frame(row, before, mask_id, vocab, footer, size):
 
 
 def save_replay(path, states, mask_id, vocab):
-    """Write one self-contained page that replays a run: states, a list of (B, T) tensors."""
+    """Write one self-contained page that replays a run: states, a list of (B, T) tensors. A state
+    that is equal to the one before it is left out."""
     states, token_of = [state.cpu() for state in states], {**dict(enumerate(vocab)), mask_id: None}
     start = [[token_of[i] for i in row] for row in states[0].tolist()]
     changes = [[(b, i, token_of[int(new[b, i])]) for b, i in (new != old).nonzero().tolist()]
                for old, new in zip(states, states[1:])]
-    run = json.dumps(dict(start=start, changes=changes), separators=(",", ":"))
+    run = json.dumps(dict(start=start, changes=[*filter(None, changes)]), separators=(",", ":"))
     html = TEMPLATE.read_text(encoding="utf-8").replace("{{RUN}}", run.replace("<", "\\u003c"))
     write_atomically(path, html.encode())  # without any "<", no tag can begin in run

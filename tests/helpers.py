@@ -51,7 +51,7 @@ def replay(html):
     for changes in run["changes"]:
         for page, at, char in changes:
             pages[page][at] = char
-    passes = sum(any(char is not None for *_, char in changes) for changes in run["changes"])
+    passes = sum(all(char is not None for *_, char in changes) for changes in run["changes"])
     return ["".join(page) for page in pages], passes, run
 
 

@@ -33,7 +33,7 @@ def states_of(html):
     """Return a caption and a page for every state. A page is a list of (character or None, number
     of the state in which it was decided)."""
     run = json.loads(re.search(r'<script id="run"[^>]*>(.*?)</script>', html, re.S)[1])
-    writes = [any(char is not None for *_, char in changes) for changes in run["changes"]]
+    writes = [all(char is not None for *_, char in changes) for changes in run["changes"]]
     page = [(char, 0) for char in run["start"][0]]
     states = [(f"step 0 of {sum(writes)}", list(page))]
     for number, changes in enumerate(run["changes"], 1):
@@ -65,7 +65,9 @@ def frames_of(states, size, every):
     width, height, last = round(font.getlength("M")), size * 3 // 2, len(states) - 1
     pages = [lines_of(page, (WIDTH - 2 * MARGIN) // width) for _, page in states]
     bottom = MARGIN + height * max(len(lines) for lines in pages) + height // 2
-    right = 2 * MARGIN + max(width * len(line) for lines in pages for line in lines)
+    right = 2 * MARGIN + round(max(
+        *(width * len(line) for lines in pages for line in lines),
+        *(small.getlength(caption) for caption, _ in states)))
     for now, ((caption, _), lines) in enumerate(zip(states, pages)):
         if now % every and now < last:
             continue

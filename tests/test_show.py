@@ -147,11 +147,14 @@ def test_a_replay_is_one_safe_page(tmp_path):
 
 
 def test_a_replay_shows_what_is_masked_again(tmp_path):
-    states = [torch.tensor([row]) for row in ([9, 9, 0], [1, 9, 0], [1, 0, 0], [9, 0, 0], [0] * 3)]
+    """Or where a search goes back to another token. A state without a change is no step."""
+    states = [torch.tensor([row]) for row in ([9, 9, 0], [1, 9, 0], [1, 0, 0], [9, 1, 0], [0, 1, 0],
+                                              [0, 1, 0])]
     save_replay(tmp_path / "r.html", states, 9, "ab")
     pages, passes, run = replay((tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert run["start"] == [[None, None, "a"]] and pages == ["aaa"] and passes == 3
-    assert run["changes"] == [[[0, 0, "b"]], [[0, 1, "a"]], [[0, 0, None]], [[0, 0, "a"]]]
+    assert run["start"] == [[None, None, "a"]] and pages == ["aba"] and passes == 3
+    assert run["changes"] == [[[0, 0, "b"]], [[0, 1, "a"]], [[0, 0, None], [0, 1, "b"]],
+                              [[0, 0, "a"]]]
 
 
 # -----------------------------------------------------------------------------
