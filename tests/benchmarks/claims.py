@@ -20,21 +20,23 @@ import math
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from metrics import DISTINCT, JUDGED, TITLES, Metrics, cut, draw, write
+from metrics import DISTINCT, JUDGED, TITLES, WORDS, Metrics, cut, draw, write
 
 from diffusion import token_losses, unmask
 from lib.checkpoint import load_checkpoint, resolve_path
 from lib.data import cut_windows, data_folder, load_data
 from lib.device import autocast, choose_attention, pick_dtype
 from lib.evaluate import measure
+from lib.pages import generate_pages, page_windows
 from lib.tokenizer import decode
-from lib.twin import Cached, next_token_losses
+from lib.twin import Cached, left_to_right, next_token_losses
 from main import PAGE
 
 WRITERS = {  # whose settings, and arguments of unmask or left_to_right
@@ -73,6 +75,24 @@ def writing(models, metrics, vocab, val_text, pages):
         print(f"| {name} | {cells} |", flush=True)
         points.append((name, scores[DISTINCT][0], scores[JUDGED][0]))
     return points
+
+
+def long_text(models, metrics, vocab, length=1024, pages=16):
+    """Score pages that are four times as long as a block, as main.py --gen_length writes them."""
+    print(f"\n| pages of {length:,} characters | words that exist | distinct 4-grams |\n"
+          "|---|---|---|")
+    for name in ("the twin, temperature 0.8", "diffusion, the default: 32 steps"):
+        who, how = WRITERS[name]
+        model, generator = models[who], torch.Generator().manual_seed(1)
+        mask_id = model.config.mask_id
+        fill = partial(left_to_right if model.config.causal else unmask, model, mask_id=mask_id,
+                       generator=generator, **how)
+        x = torch.full((pages, length), mask_id)
+        windows = page_windows(x[0] == mask_id, model.config.block_size)
+        *_, x = generate_pages(fill, x, mask_id, windows)
+        scores = metrics([decode(row, vocab) for row in x.tolist()])
+        cells = " | ".join("{:.3f} ± {:.3f}".format(*scores[s]) for s in (WORDS, DISTINCT))
+        print(f"| {name} | {cells} |", flush=True)
 
 
 def hide(kind, size, W, L, g):
@@ -180,6 +200,7 @@ def main():
     fast = {name: copy.deepcopy(model).to(getattr(torch, dtype)) for name, model in models.items()}
     metrics = Metrics(judge, vocab, decode(train_data, vocab))
     points = writing(fast, metrics, vocab, decode(val_data, vocab), args.pages)
+    long_text(fast, Metrics(None, vocab, metrics.train_text), vocab)
     missing(models, val_data, context, args.windows)
     if args.picture:
         draw(points, args.picture, TITLES["claims"])

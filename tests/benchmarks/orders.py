@@ -25,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import diffusion
 from lib.checkpoint import load_checkpoint, resolve_path
 from lib.data import data_folder, load_data
 from lib.device import pick_device
@@ -36,22 +35,9 @@ from lib.llada import unmask_blocks
 ORDERS = {  # what exact_nll is given
     "left to right": dict(sampler=partial(unmask_blocks, block_length=1)),
     "most confident first": dict(remasking="low_confidence"),
-    "largest margin first": dict(remasking="margin"),
-    "lowest entropy first": dict(remasking="entropy"),
     "random": dict(remasking="random"),
     "spread apart (dilated)": dict(remasking="dilated"),
 }
-written_in_diffusion = diffusion.writing_order
-
-
-def writing_order(remasking, p, x0_p, noise):
-    """diffusion.writing_order with two more orders."""
-    if remasking == "margin":
-        top = p.topk(2, dim=-1).values
-        return top[..., 0] - top[..., 1]
-    if remasking == "entropy":
-        return torch.special.entr(p).sum(dim=-1).neg().exp()
-    return written_in_diffusion(remasking, p, x0_p, noise)
 
 
 def measure(model, windows, order, steps, batch_size=64):
@@ -83,18 +69,18 @@ def print_tables(found, orders, all_steps):
             print(f"| {order} | {' | '.join(cells)} |")
 
 
-def draw(found, orders, all_steps, windows, path):
+def draw(found, orders, all_steps, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    for order, marker in zip(orders, "o^Dv sX".replace(" ", "")):
+    for order, marker in zip(orders, "o^sX"):
         ax.plot([256 / n for n in all_steps],
                 [found[order, n].mean().item() for n in all_steps], marker=marker, label=order)
     ax.set(xscale="log", xlabel="characters written at once",
            ylabel="exact negative log-likelihood of validation text,\nnats per character "
                   "(lower is better)",
-           title=f"Characters that are written at once should stand apart ({windows} windows)")
+           title="Characters that are written at once should stand apart")
     ax.set_xticks([256 / n for n in all_steps], [f"{256 // n}" for n in all_steps])
     ax.minorticks_off()
     ax.grid(alpha=0.2)
@@ -112,7 +98,6 @@ def main():
     parser.add_argument("--json", help="write the value of every window to this file")
     parser.add_argument("--picture", help="draw the table to this file")
     args = parser.parse_args()
-    diffusion.writing_order = writing_order
     device = pick_device()
     model, vocab, _ = load_checkpoint(resolve_path(args.path), device)
     val_data = load_data(data_folder("shakespeare_char"), 256, vocab).val
@@ -130,7 +115,7 @@ def main():
         Path(args.json).write_text(json.dumps({f"{order}, {n}": values.tolist()
                                                for (order, n), values in found.items()}))
     if args.picture:
-        draw(found, orders, all_steps, len(windows), args.picture)
+        draw(found, orders, all_steps, args.picture)
 
 
 if __name__ == "__main__":
