@@ -47,11 +47,11 @@ def expect_tensor(value, shape, name, dtype=None):
     expect(dtype in (None, value.dtype), f"{name} has the dtype {value.dtype}; it must be {dtype}")
 
 
-def expect_three(values, shape):
-    """Exercises 1 and 8 return noisy_batch, masked_indices and a third tensor."""
+def expect_three(values, shape, third):
+    """Exercises 1 and 8 return noisy_batch, masked_indices and a tensor named third."""
     expect(values is not None, "the function returns nothing: is a return missing?")
     expect(isinstance(values, (tuple, list)) and len(values) == 3, "return three tensors")
-    for value, name, dtype in zip(values, ("noisy_batch", "masked_indices", "the third tensor"),
+    for value, name, dtype in zip(values, ("noisy_batch", "masked_indices", third),
                                   (torch.long, torch.bool, None)):
         expect_tensor(value, shape, name, dtype)
     return values
@@ -101,7 +101,7 @@ def generator():
 
 def check_forward_process(answer):
     ids, eps = some_ids(400, 1000), 0.1
-    masked, p_mask = masks_of(answer, ids, eps=eps)
+    masked, p_mask = masks_of(answer, ids, "p_mask", eps=eps)
     expect(p_mask.min() > eps * 0.999 and p_mask.max() < 1.001,
            f"with eps = {eps}, p_mask goes from {p_mask.min():.3f} to {p_mask.max():.3f}; it must "
            "go from eps to 1: (1 - eps) * t + eps")
@@ -114,22 +114,21 @@ def some_ids(*shape):
     return torch.randint(MASK_ID - 2, shape, generator=generator())
 
 
-def masks_of(answer, ids, **settings):
-    """Call exercise 1 or 8, and check what both promise. Returns masked_indices and the third
-    tensor."""
+def masks_of(answer, ids, name, **settings):
+    """Call exercise 1 or 8, and check what both promise. name: of the third tensor. Returns
+    masked_indices and the third tensor."""
     before, shape = ids.clone(), tuple(ids.shape)
     results = [answer(ids, MASK_ID, generator=generator(), **settings) for _ in range(2)]
-    noisy, masked, third = expect_three(results[0], shape)
+    noisy, masked, third = expect_three(results[0], shape, name)
     expect(torch.equal(ids, before), "it changes input_ids; make a new tensor, as torch.where does")
     expect(torch.equal(masked, noisy == MASK_ID),
            "masked_indices must be True exactly where noisy_batch holds mask_id")
     expect(torch.equal(noisy[~masked], ids[~masked]), "tokens that are not masked must stay")
     expect(torch.equal(noisy, results[1][0]), "two calls with equal generators give different "
                                               "masks: pass generator=generator to torch.rand")
-    expect((third - third[:, :1]).abs().max() < 1e-5, "the third tensor differs within a "
-                                                      "row: draw one t for each row")
-    expect(third[:, 0].std() > 0.01, "the third tensor is the same in all rows: draw a t for each "
-                                     "row")
+    expect((third - third[:, :1]).abs().max() < 1e-5, f"{name} differs within a row: draw one t "
+                                                      "for each row")
+    expect(third[:, 0].std() > 0.01, f"{name} is the same in all rows: draw a t for each row")
     in_column = masked.float().mean(dim=0)
     expect(in_column.std() < 0.1, "all rows use the same random numbers: draw (B, T) of them")
     expect(in_column.min() > 0.1, "there are places that are never masked")
@@ -293,7 +292,7 @@ def check_order_nll(answer):
 
 
 def check_squared_forward_process(answer):
-    masked, third = masks_of(answer, some_ids(400, 1000))
+    masked, third = masks_of(answer, some_ids(400, 1000), "the third tensor")
     share = masked.float().mean().item()
     expect(abs(share - 1 / 2) > 0.06, "half of all tokens are masked: that is p(t) = t. With t ** 2"
                                       " it is a third")

@@ -6,14 +6,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
 
+import main as main_script
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
-LISTINGS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LISTINGS = [text for text in PYTHON if text.startswith("def ")]
 INLINE = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
 IN_BLOCKS, IN_SENTENCES = (
     [" ".join(text.split()) for text in texts if text.startswith("python ") and "…" not in text]
@@ -40,6 +44,16 @@ def test_the_listings_are_the_code_s_own():
         assert part + "\n" in code, part
 
 
+def test_its_lines_of_python_are_those_that_main_py_begins_with():
+    """test_main.py runs them."""
+    [lines] = set(PYTHON) - set(LISTINGS)
+    assert len(lines.splitlines()) == 8 and textwrap.indent(lines, "    ") in main_script.__doc__
+
+
+def test_it_is_short():
+    assert len(README.split()) <= 1250
+
+
 def test_flags_that_it_names_exist():
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/*/prepare.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in scripts)
@@ -49,7 +63,7 @@ def test_flags_that_it_names_exist():
 
 
 def test_files_that_it_names_exist():
-    linked = re.findall(r"\]\(((?:assets|tests)/[^)]+)\)", README)
+    linked = re.findall(r"\]\(((?:assets|learn|tests)/[^)]+)\)", README)
     quoted = re.findall(r"`((?:\w+/)*\w+\.(?:py|pt|txt))`", README)
     written_by_commands = {"X.pt", "prepare.py"}  # the latter is short for the one of data/
     for name in {*linked, *quoted} - written_by_commands:
@@ -71,7 +85,7 @@ def test_what_it_says_to_edit_exists():
 def clone(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("clone")
     paths = (*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("data/*/prepare.py"),
-             *ROOT.glob("assets/*.*"), ROOT / "pretrained_gpt_last.pt")
+             *ROOT.glob("assets/*.*"), *ROOT.glob("learn/*.py"), ROOT / "pretrained_gpt_last.pt")
     for path in paths:
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 Which settings of main.py write the text that is most like real text?
 
     python tests/benchmarks/sampling.py --judge=judge     # the shipped model
-    python tests/benchmarks/sampling.py --path=X --judge=judge --pages=32 --picture=X.png
+    python tests/benchmarks/sampling.py --path=X --judge=judge --pages=64 --picture=X.png
 
 Tiny Shakespeare must be prepared, and claims.md says how to train the judge. Each row differs in
 one setting from the default page of main.py. metrics.py defines the scores, which are those of the
@@ -41,7 +41,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default=SHIPPED)
     parser.add_argument("--judge", default="judge")
-    parser.add_argument("--pages", type=int, default=64, help="per setting, a multiple of 16")
+    parser.add_argument("--pages", type=int, default=32, help="per setting, a multiple of 16")
     parser.add_argument("--picture", help="draw two of the scores to this file")
     args = parser.parse_args()
     (model, vocab, _), (judge, _, _) = (load_checkpoint(resolve_path(path))
