@@ -226,8 +226,11 @@ def main():
         twin, _, info = load_checkpoint(resolve_path(args.twin))
         twin.to(getattr(torch, dtype))
         for tries in (1, 16):
-            results = [solve_all([solve_with_twin(twin, to_page(quizzes), tries)], quizzes)
-                       for quizzes in sets.values()]
+            results = []
+            for quizzes in sets.values():
+                solved, _, seconds = solve_all([solve_with_twin(twin, to_page(quizzes), tries)],
+                                               quizzes)
+                results.append((solved, prepare.RECORD, seconds))         # a pass per character
             how = f"the likeliest of {tries} samples" if tries > 1 else "greedy"
             print_row(f"the twin, left to right, {how} ({info['minutes']:.1f} minutes)", 1,
                       results)
