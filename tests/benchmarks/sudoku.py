@@ -39,7 +39,7 @@ from lib.data import data_folder, load_data, write_dataset
 from lib.device import pick_dtype
 from lib.puzzles import read_puzzles
 from lib.search import SURE, certainty, unmask_until_sure
-from lib.twin import left_to_right, next_token_losses
+from lib.twin import left_to_right
 from main import INFILL, PUZZLE
 
 GIVENS = (28, 24)
@@ -134,18 +134,11 @@ def solve_file(model, args):
           f"{passes:.0f} passes and {seconds:.2f} seconds per puzzle")
 
 
-def solve_with_twin(twin, prompt, tries):
-    """Yield one state (N, 91), the twin's answers to prompt (N, 91). With one try, they are greedy;
-    with several, each is the sample at temperature 1 that has the highest probability."""
+def solve_with_twin(twin, prompt):
+    """Yield one state (N, 91), the twin's greedy answers to prompt (N, 91)."""
     x = torch.cat([prompt, torch.full_like(prompt, twin.config.mask_id)], dim=1)
-    x = x.repeat_interleave(tries, dim=0)                                 # (N * tries, 182)
-    *_, x = left_to_right(twin, x, twin.config.mask_id, float(tries > 1),
-                          torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        losses = torch.cat([next_token_losses(twin, twin.config.mask_id, part)
-                            for part in x.split(100)])                    # (N * tries, 182)
-    best = losses[:, prepare.RECORD:].sum(dim=1).view(-1, tries).argmin(dim=1)
-    yield x[:, prepare.RECORD:].view(len(prompt), tries, -1)[torch.arange(len(prompt)), best]
+    *_, x = left_to_right(twin, x, twin.config.mask_id, temperature=0.0)
+    yield x[:, prepare.RECORD:]
 
 
 def print_row(name, per_step, results):
@@ -225,15 +218,11 @@ def main():
     if resolve_path(args.twin).exists():
         twin, _, info = load_checkpoint(resolve_path(args.twin))
         twin.to(getattr(torch, dtype))
-        for tries in (1, 16):
-            results = []
-            for quizzes in sets.values():
-                solved, _, seconds = solve_all([solve_with_twin(twin, to_page(quizzes), tries)],
-                                               quizzes)
-                results.append((solved, prepare.RECORD, seconds))         # a pass per character
-            how = f"the likeliest of {tries} samples" if tries > 1 else "greedy"
-            print_row(f"the twin, left to right, {how} ({info['minutes']:.1f} minutes)", 1,
-                      results)
+        results = []
+        for quizzes in sets.values():
+            solved, _, seconds = solve_all([solve_with_twin(twin, to_page(quizzes))], quizzes)
+            results.append((solved, prepare.RECORD, seconds))             # a pass per character
+        print_row(f"the twin, left to right, greedy ({info['minutes']:.1f} minutes)", 1, results)
 
 
 if __name__ == "__main__":
