@@ -416,8 +416,15 @@ def test_bad_input_gets_one_line(exercises, text, numbers, message):
     assert err.startswith("error: ") and message in err
 
 
-def test_a_deleted_exercise_counts_as_empty(exercises):
-    assert exercises("", "2")[0].startswith("2 diffusion_loss           empty")
+@pytest.mark.parametrize("text", ["", "def diffusion_loss(*args):\n    ...\n",
+                                  "def diffusion_loss(*args):\n    'Text.'\n    pass\n"])
+def test_a_deleted_exercise_or_one_that_does_nothing_is_empty(exercises, text):
+    assert exercises(text, "2")[0].startswith("2 diffusion_loss           empty")
+
+
+def test_a_single_line_without_a_docstring_is_an_answer(exercises):
+    out, _, _ = exercises("def diffusion_loss(*args):\n    return 1.0\n", "2")
+    assert out.startswith("2 diffusion_loss           not yet: it never calls the model")
 
 
 def test_no_answer_stands_in_the_exercises():
