@@ -6,8 +6,8 @@ Check the exercises of learn/exercises.py.
 
 Each exercise is "right", "not yet" or "empty". What is right is decided by the functions of
 diffusion.py and lib/, or by what must hold for any right answer. Where your answer is wrong, it is
-compared with the results of common mistakes, so that the hint can name yours. The mistakes are the
-functions of diffusion.py, called wrongly.
+compared with the results of common mistakes, so that the hint can name yours. Most of these are
+the functions of diffusion.py, called wrongly.
 """
 
 import ast
@@ -40,8 +40,12 @@ def expect(condition, hint):
         raise NotYet(hint)
 
 
-def expect_tensor(value, shape, name, dtype=None):
+def expect_returned(value):
     expect(value is not None, "the function returns nothing: is a return missing?")
+
+
+def expect_tensor(value, shape, name, dtype=None):
+    expect_returned(value)
     expect(isinstance(value, torch.Tensor), f"{name} must be a tensor, not {type(value).__name__}")
     expect(value.shape == shape, f"{name} has the shape {tuple(value.shape)}; it must be {shape}")
     expect(dtype in (None, value.dtype), f"{name} has the dtype {value.dtype}; it must be {dtype}")
@@ -49,7 +53,7 @@ def expect_tensor(value, shape, name, dtype=None):
 
 def expect_three(values, shape, third):
     """Exercises 1 and 8 return noisy_batch, masked_indices and a tensor named third."""
-    expect(values is not None, "the function returns nothing: is a return missing?")
+    expect_returned(values)
     expect(isinstance(values, (tuple, list)) and len(values) == 3, "return three tensors")
     for value, name, dtype in zip(values, ("noisy_batch", "masked_indices", third),
                                   (torch.long, torch.bool, None)):
@@ -58,7 +62,7 @@ def expect_three(values, shape, third):
 
 
 def number(value):
-    expect(value is not None, "the function returns nothing: is a return missing?")
+    expect_returned(value)
     try:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as e:
@@ -257,7 +261,7 @@ def check_from_both_ends(answer):
 
 def check_order_nll(answer):
     T, order, ids = 6, [2, 5, 0, 1, 4, 3], some_ids(6)
-    model, back = ToyModel(T, seed=3), torch.tensor([2, 5, 0, 1, 4, 3]).argsort()
+    model = ToyModel(T, seed=3)
 
     def nll(order, steps=T, mask_id=MASK_ID):
         """Write the reordered text from left to right, with a model that puts it in order again."""
@@ -284,7 +288,7 @@ def check_order_nll(answer):
         "the order is reversed": nll(order[::-1]),
         "it goes from left to right: use order": nll(list(range(T))),
         "it writes order[i] at step i, but at the wrong place (the inverse of order)":
-            nll(back.tolist()),
+            nll([order.index(i) for i in range(T)]),
         "[MASK]'s logit counts: cut it off before the softmax": nll(order, mask_id=MASK_ID + 1),
         "it is the mean; return the sum over the text": nll(order) / T,
         "its sign is wrong: -log p is positive": -nll(order),
@@ -342,29 +346,29 @@ def verdict(name, answer):
     return f"right. {remark + ' ' if remark else ''}Its counterpart: {counterpart}"
 
 
-def load_exercises(path):
+def load_exercises():
     """Return {name: function}, with None for a function whose body is still empty."""
     try:
-        code = ast.parse(path.read_text(encoding="utf-8"))
-        spec = importlib.util.spec_from_file_location("exercises", path)
+        code = ast.parse(EXERCISES.read_text(encoding="utf-8"))
+        spec = importlib.util.spec_from_file_location("exercises", EXERCISES)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except SyntaxError as e:
-        fail(f"{path.name}, line {e.lineno}: {e.msg}")
+        fail(f"{EXERCISES.name}, line {e.lineno}: {e.msg}")
     except Exception as e:
-        fail(f"{path.name} can't be imported: {type(e).__name__}: {e}")
+        fail(f"{EXERCISES.name} can't be imported: {type(e).__name__}: {e}")
     empty = {f.name for f in code.body if isinstance(f, ast.FunctionDef)
              and all(isinstance(line, ast.Pass) or isinstance(line, ast.Expr)
                      and isinstance(line.value, ast.Constant) for line in f.body)}
     return {name: None if name in empty else getattr(module, name, None) for name in CHECKS}
 
 
-def main(path=EXERCISES):
+def main():
     wanted = sys.argv[1:] or [str(n) for n in range(1, len(CHECKS) + 1)]
     names = dict(zip(map(str, range(1, len(CHECKS) + 1)), CHECKS))
     if unknown := [n for n in wanted if n not in names]:
         fail(f"there is no exercise {unknown[0]}: give numbers from 1 to {len(CHECKS)}, or nothing")
-    answers = load_exercises(path)
+    answers = load_exercises()
     verdicts = {n: verdict(names[n], answers[names[n]]) if answers[names[n]] else "empty"
                 for n in wanted}
     for n, text in verdicts.items():
@@ -373,8 +377,8 @@ def main(path=EXERCISES):
     following = str(int(wanted[-1]) + 1)
     if not_right or following in names:
         n = not_right[0] if not_right else following
-        print(f"\nNext: {names[n]} in learn/{path.name}. Its docstring says what to write. Then run"
-              f"\n    python learn/check.py {n}")
+        print(f"\nNext: {names[n]} in learn/{EXERCISES.name}. Its docstring says what to write. "
+              f"Then run\n    python learn/check.py {n}")
     else:
         print("\nYou have written the algorithm. Now read diffusion.py.")
 

@@ -7,8 +7,8 @@ page of main.py beside a twin that writes with its key/value cache.
 
 Without --twin, the twin is untrained: only its time counts. Both sides write in turn, in the same
 dtype, and the median of --runs is reported, with the ratio of the two: above 1, diffusion is
-faster. With --twin, the text is scored, too (metrics.py; Tiny Shakespeare must be prepared). Run it
-on a quiet machine.
+faster. With --twin, text in float32 is scored, too (metrics.py; Tiny Shakespeare must be prepared).
+Run it on a quiet machine.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def main():
           "| dtype | pages at once | diffusion, seconds | twin, seconds | ratio |\n|"
           + "---|" * 5)
     for dtype in (torch.bfloat16, torch.float32):
-        model.to(dtype), twin.to(dtype)
+        model.to(dtype)
+        twin.to(dtype)
         for batch in map(int, args.batches.split(",")):
             seconds = {name: [] for name in sides}
             for run in range(args.runs + 1):
